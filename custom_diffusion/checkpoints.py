@@ -1,0 +1,101 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped, in a folder that can also be drawn from.
+
+`checkpoint-N/` holds the trained weights in the formats of `weights.py`, `training_state.pt` (optimizer, schedule, gradient
+scaler) and `checkpoint.json` (step, position, settings of the run, and a checksum of every file). No random state: what is
+random follows from the position.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from custom_diffusion.checkpoint_names import checkpoint_step, list_checkpoints
+from custom_diffusion.weights import ConceptWeights, read_weights, whole_folder, write_weights
+
+MANIFEST_NAME = "checkpoint.json"
+STATE_NAME = "training_state.pt"
+
+
+@dataclass
+class Checkpoint:
+    """A run at a step.
+
+    Attributes:
+        step: optimizer steps done. position: samples seen.
+        weights: what has been learned so far.
+        state: state dictionaries by name ("optimizer", "lr_scheduler", perhaps "scaler").
+        settings: what the run's course depends on, to compare with the flags of the run that resumes it.
+    """
+
+    step: int
+    position: int
+    weights: ConceptWeights
+    state: dict
+    settings: dict
+
+
+def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, unet, formats: tuple[str, ...]) -> Path:
+    """Write `checkpoint-N`, whole or not at all. `unet` and `formats` as in `write_weights`."""
+    path = output_dir / f"checkpoint-{checkpoint.step}"
+    with whole_folder(path) as folder:
+        write_weights(folder, checkpoint.weights, unet, formats)
+        torch.save(checkpoint.state, folder / STATE_NAME)
+        manifest = {
+            "step": checkpoint.step,
+            "position": checkpoint.position,
+            "settings": checkpoint.settings,
+            "files": {file.name: _checksum(file) for file in sorted(folder.iterdir())},
+        }
+        (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
+    """Keep the `limit` newest checkpoints, or all with None."""
+    if limit is None:
+        return
+    for path in list_checkpoints(output_dir)[:-limit]:
+        # Out of sight first: a checkpoint that is half removed must not look like a checkpoint.
+        doomed = path.with_name(f".{path.name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.replace(doomed)
+        shutil.rmtree(doomed)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Raises ValueError, saying what is wrong with which file, if any file is missing or not as it was written."""
+    try:
+        manifest = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
+        checksums = dict(manifest["files"])
+        step, position, settings = int(manifest["step"]), int(manifest["position"]), dict(manifest["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"'{path / MANIFEST_NAME}' cannot be read ({error})") from None
+    for name, checksum in checksums.items():
+        if not (path / name).is_file():
+            raise ValueError(f"'{path / name}' is missing")
+        if _checksum(path / name) != checksum:
+            raise ValueError(f"'{path / name}' is damaged")
+    state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
+    return Checkpoint(step, position, read_weights(path), state, settings)
+
+
+def read_latest_checkpoint(output_dir: Path, warn) -> Checkpoint | None:
+    """The newest checkpoint that is whole; `warn(line)` is called for each newer one that is not."""
+    for path in reversed(list_checkpoints(output_dir)):
+        try:
+            return read_checkpoint(path)
+        except ValueError as error:
+            warn(f"skipping damaged checkpoint '{path.name}' of step {checkpoint_step(path)}: {error}")
+    return None
+
+
+def _checksum(path):
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

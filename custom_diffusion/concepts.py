@@ -1,0 +1,195 @@
+"""What is to be learned: a concept's photos and prompt, and its class's images and prompt."""
+
+import argparse
+import json
+import re
+import shlex
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from custom_diffusion.retrieval.folder import read_class_folder
+
+CONCEPT_KEYS = ("instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir")
+# What people call pictures; a file with such a name that does not decode is an error, any other file is passed over.
+PICTURE_SUFFIXES = {
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jfif"
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One concept. After `parse_args`, only `class_prompt` and `class_data_dir` may be None, without prior preservation.
+
+    `source` says where it was given ("flags", or file and line), for messages.
+    """
+
+    instance_prompt: str
+    instance_data_dir: Path | None
+    class_prompt: str | None
+    class_data_dir: Path | None
+    source: str = "flags"
+
+    def name(self, key: str) -> str:
+        """How to call one of this concept's settings in a message."""
+        return f"--{key}" if self.source == "flags" else f"--concepts_list: {self.source}: {key!r}"
+
+    def photos(self) -> list[Path]:
+        """The concept's pictures, by name."""
+        return find_pictures(self.instance_data_dir)
+
+
+def concepts_from_args(args: argparse.Namespace) -> tuple[list[Concept], list[str]]:
+    """The concepts of `--concepts_list`, or the one of the flags, and what is wrong with their description."""
+    required = CONCEPT_KEYS if args.with_prior_preservation else CONCEPT_KEYS[:2]
+    if args.concepts_list is None:
+        entries = [("flags", {key: getattr(args, key) for key in CONCEPT_KEYS})]
+    else:
+        try:
+            entries = _read_concepts_list(Path(args.concepts_list))
+        except (OSError, ValueError) as error:
+            return [], [f"--concepts_list: {error}"]
+    concepts, problems = [], []
+    for source, entry in entries:
+        bad = [k for k in CONCEPT_KEYS if entry.get(k) is not None and not isinstance(entry[k], str)]
+        missing = [k for k in required if k not in bad and not (entry.get(k) or "").strip()]
+        if source == "flags":
+            problems += [f"--{k}: is missing; give it, or describe the concepts in --concepts_list" for k in missing]
+        else:
+            problems += [f"--concepts_list: {source}: key {k!r} is missing or empty; add it" for k in missing]
+            problems += [f"--concepts_list: {source}: key {k!r} must be a string" for k in bad]
+        # A concept that lacks something is kept, so that what it does have is checked too.
+        text = {key: entry.get(key) or "" for key in CONCEPT_KEYS if key not in bad}
+        concepts.append(
+            Concept(
+                instance_prompt=text.get("instance_prompt", ""),
+                instance_data_dir=_folder(text.get("instance_data_dir")),
+                class_prompt=text.get("class_prompt") or None,
+                class_data_dir=_folder(text.get("class_data_dir")),
+                source=source,
+            )
+        )
+    return concepts, problems + _prompt_problems(args, concepts)
+
+
+def _folder(name):
+    return Path(name) if name else None
+
+
+def _read_concepts_list(path):
+    """The file's entries, each with "file, line N" of where it starts."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"'{path}', line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})") from None
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"'{path}', line 1: must be a list of concepts like [{{{', '.join(CONCEPT_KEYS)}}}]")
+    decoder, position, located = json.JSONDecoder(), text.index("[") + 1, []
+    for number, entry in enumerate(entries, start=1):
+        position = re.compile(r"[\s,]*").match(text, position).end()
+        line = text.count("\n", 0, position) + 1
+        _, position = decoder.raw_decode(text, position)
+        if not isinstance(entry, dict):
+            raise ValueError(
+                f"'{path}', line {line}: concept {number} must be an object with {', '.join(CONCEPT_KEYS)}"
+            )
+        located.append((f"'{path}', concept {number} at line {line}", entry))
+    return located
+
+
+def _prompt_problems(args, concepts):
+    """Every modifier token must stand in some prompt, and every prompt must hold one."""
+    problems = []
+    tokens = args.modifier_token.split("+") if args.modifier_token else []
+    for concept in concepts:
+        if tokens and concept.instance_prompt and not any(t in concept.instance_prompt for t in tokens):
+            problems.append(
+                f"{concept.name('instance_prompt')}: {concept.instance_prompt!r} has none of the modifier tokens "
+                f"{', '.join(tokens)}; write for example 'photo of a {tokens[0]} cat'"
+            )
+    for token in tokens:
+        if concepts and not any(token in c.instance_prompt for c in concepts):
+            problems.append(
+                f"--modifier_token: no instance prompt has {token!r}; add it to one, or leave the token out"
+            )
+    return problems
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """The picture files directly in `folder`, sorted by name; hidden and other files are passed over."""
+    return sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and _looks_like_picture(p))
+
+
+def _looks_like_picture(path):
+    if path.suffix.lower() in PICTURE_SUFFIXES:
+        return True
+    from PIL import Image
+
+    try:
+        with Image.open(path):
+            return True
+    except Exception:  # Pillow's readers raise many types on foreign bytes; whatever it is, it is no picture
+        return False
+
+
+def concept_problems(concept: Concept, args: argparse.Namespace) -> list[str]:
+    """What is wrong with a concept's folders and pictures, one line each. Decodes every picture."""
+    problems = _photo_problems(concept) if concept.instance_data_dir else []
+    if args.with_prior_preservation and concept.class_data_dir:
+        problems += _real_prior_problems(concept, args) if args.real_prior else _generated_prior_problems(concept)
+    return problems
+
+
+def _photo_problems(concept):
+    name, folder = concept.name("instance_data_dir"), concept.instance_data_dir
+    if not folder.is_dir():
+        return [f"{name}: folder '{folder}' does not exist; put the photos of the concept there"]
+    photos = concept.photos()
+    if not photos:
+        return [f"{name}: no picture in folder '{folder}'; put 4-20 photos of the concept there"]
+    return _decode_problems(name, photos)
+
+
+def _real_prior_problems(concept, args):
+    name, folder = concept.name("class_data_dir"), concept.class_data_dir
+    try:
+        rows = read_class_folder(folder)
+    except ValueError as error:
+        return [f"{name}: {error}; run: {retrieve_command(concept, args)}"]
+    if len(rows) < args.num_class_images:
+        command = retrieve_command(concept, args)
+        return [f"{name}: '{folder}' has {len(rows)} of {args.num_class_images} class images; run: {command}"]
+    return _decode_problems(name, [path for path, _ in rows[: args.num_class_images]])
+
+
+def _generated_prior_problems(concept):
+    folder = concept.class_data_dir
+    if folder.exists() and not folder.is_dir():
+        return [f"{concept.name('class_data_dir')}: '{folder}' is a file; name a folder for the class images"]
+    return _decode_problems(concept.name("class_data_dir"), find_pictures(folder) if folder.is_dir() else [])
+
+
+def retrieve_command(concept: Concept, args: argparse.Namespace) -> str:
+    """The command that fetches this concept's class images."""
+    return shlex.join(
+        ["python", "retrieve.py", "--class_prompt", concept.class_prompt or "", "--class_data_dir",
+         str(concept.class_data_dir), "--num_class_images", str(args.num_class_images)]
+    )  # fmt: skip
+
+
+def _decode_problems(name, pictures):
+    """A line for each picture that does not decode to its last pixel."""
+    from PIL import Image
+
+    def problem(path):
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except Exception as error:  # as above: Pillow raises many types, and all mean the same here
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            return f"{name}: cannot read picture '{path}' ({reason}); replace it, or save it as JPEG or PNG"
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        return [line for line in pool.map(problem, pictures) if line]

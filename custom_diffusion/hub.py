@@ -1,0 +1,1 @@
+"""Sharing: the repository, the model card, the upload."""

@@ -1,0 +1,97 @@
+"""Stopping a run at the end of a step: on SIGTERM or Ctrl-C, or because its loss is no number."""
+
+import ctypes
+import math
+import os
+import signal
+import sys
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+_PR_SET_PDEATHSIG = 1
+
+
+class RunStopped(Exception):
+    """The run ends early. `status` is the exit status of the process."""
+
+    def __init__(self, message: str, status: int = 1):
+        super().__init__(message)
+        self.status = status
+
+
+class StopSignals:
+    """Remembers the first SIGTERM or Ctrl-C instead of dying of it; a second Ctrl-C stops at once.
+
+    Attributes:
+        received: the signal's number, 0 before any.
+    """
+
+    def __init__(self):
+        self.received = 0
+        signal.signal(signal.SIGTERM, self._remember)
+        signal.signal(signal.SIGINT, self._remember)
+        if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+            # `accelerate launch` dies of a SIGTERM without passing it on; this asks the kernel to.
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    def _remember(self, number, _):
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            os._exit(128 + number)
+        self.received = self.received or number
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What all processes know of a step: losses and gradient norm, averaged, and the signal that any of them got."""
+
+    loss: float
+    instance_loss: float
+    prior_loss: float
+    grad_norm: float
+    stop_signal: int
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss)
+
+
+class StepReports:
+    """Averages what the processes report of each step, and brings it to the CPU without waiting for the GPU.
+
+    Every process gets the same numbers, so all take the same decisions.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self._pending = None
+
+    def exchange(self, losses: torch.Tensor, grad_norm: torch.Tensor, stop_signal: int) -> StepReport:
+        """Hand over this step's (3,) losses, gradient norm and signal.
+
+        Returns:
+            This step's report on a CPU. On a GPU that of the step before, since this step is still being computed;
+            `latest` waits for it.
+        """
+        own = torch.cat([losses, grad_norm.reshape(1), losses.new_tensor([float(stop_signal)])])
+        gathered = self.accelerator.gather(own.unsqueeze(0))  # (processes, 5)
+        values = torch.cat([gathered[:, :4].mean(dim=0), gathered[:, 4:].amax(dim=0)])
+        before, ready = self._pending, None
+        if values.is_cuda:
+            values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        self._pending = (values, ready)
+        return _report(*(before if ready and before else self._pending))
+
+    def latest(self) -> StepReport:
+        """The report of the step handed over last."""
+        return _report(*self._pending)
+
+
+def _report(values, ready):
+    if ready is not None:
+        ready.synchronize()
+    *numbers, stop_signal = values.tolist()
+    return StepReport(*numbers, stop_signal=int(stop_signal))

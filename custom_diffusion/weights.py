@@ -1,0 +1,339 @@
+"""The trained folder: write it, read it, load it into a pipeline, take it out again."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from accelerate.hooks import CpuOffload
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+from custom_diffusion.attention import cross_attention_names
+
+WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
+CONFIG_NAME = "custom_diffusion_config.json"
+_KEY = re.compile(
+    r"(?P<attention>.+\.attn2)\.processor\.(?P<projection>to_[qkv]|to_out)_custom_diffusion"
+    r"(?P<index>\.0)?\.(?P<name>weight|bias)"
+)
+
+
+@dataclass
+class ConceptWeights:
+    """What training has learned, on the CPU.
+
+    Attributes:
+        tensors: the UNet's parameters by their names in it, "...attn2.to_k.weight" -> (out, in) or (out,) float32.
+        tokens: modifier token -> (dim,) embedding.
+        config: base model, concepts and training settings; empty for folders that other trainers wrote.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    tokens: dict[str, torch.Tensor]
+    config: dict = field(default_factory=dict)
+
+
+def to_file_keys(tensors: dict[str, torch.Tensor], self_attention_names: list[str], empty) -> dict:
+    """Names of the file format: "...attn2.processor.to_k_custom_diffusion.weight", and `empty` for self-attentions.
+
+    diffusers' loader demands an entry for every attention, trained or not.
+    """
+    state = {}
+    for name, tensor in tensors.items():
+        attention, projection, rest = re.fullmatch(r"(.+\.attn2)\.(to_[qkv]|to_out)(.*)", name).groups()
+        state[f"{attention}.processor.{projection}_custom_diffusion{rest}"] = tensor
+    return state | {f"{name}.processor": empty for name in self_attention_names}
+
+
+def from_file_keys(state: dict) -> dict[str, torch.Tensor]:
+    """Inverse of `to_file_keys`. Raises ValueError for a key or value that the format does not have."""
+    tensors = {}
+    for key, value in state.items():
+        if len(value) == 0 and key.endswith(".processor"):
+            continue
+        match = _KEY.fullmatch(key)
+        if match is None or not isinstance(value, torch.Tensor):
+            raise ValueError(f"{key!r} is no key of Custom Diffusion weights")
+        tensors["{attention}.{projection}{index}.{name}".format(**match.groupdict(default=""))] = value
+    if not tensors:
+        raise ValueError("it has no Custom Diffusion weights")
+    return tensors
+
+
+def write_weights(folder: Path, weights: ConceptWeights, unet: UNet2DConditionModel, formats: tuple[str, ...]) -> None:
+    """Write the weights, one file per token, and the settings into `folder`, each file whole or not at all.
+
+    Args:
+        unet: names the self-attentions.
+        formats: of "safetensors" and "bin".
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    self_attentions = [n.removesuffix(".processor") for n in unet.attn_processors if n.endswith(".attn1.processor")]
+    for suffix in formats:
+        if suffix == "safetensors":
+            save, empty = _save_safetensors, torch.zeros(0)
+        else:
+            save, empty = torch.save, {}
+        with whole_file(folder / f"{WEIGHTS_NAME}.{suffix}") as path:
+            save(to_file_keys(weights.tensors, self_attentions, empty), path)
+        for token, embedding in weights.tokens.items():
+            with whole_file(folder / f"{token}.{suffix}") as path:
+                save({token: embedding.clone()}, path)  # a row of a table would bring the whole table along
+    with whole_file(folder / CONFIG_NAME) as path:
+        path.write_text(json.dumps(weights.config, indent=2) + "\n", encoding="utf-8")
+
+
+def _save_safetensors(state, path):
+    safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes the place of `path` when the block ends without an exception."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(temporary)
+    try:
+        yield temporary
+        sync(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner may read
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to fill; it becomes `path` when the block ends without an exception.
+
+    An earlier `path` stays until then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            sync(file)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        if path.exists():
+            replaced = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            path.replace(replaced)
+            temporary.replace(path)
+            shutil.rmtree(replaced)
+        else:
+            temporary.replace(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_weights(path_or_hub_id: str | Path, **hub_options) -> ConceptWeights:
+    """Read a trained folder, a checkpoint folder, or a Hub repository.
+
+    Args:
+        hub_options: `revision`, `token`, `cache_dir`... of `huggingface_hub.snapshot_download`.
+    Raises:
+        ValueError: nothing usable is there; the message says what is wrong with which file.
+    """
+    folder = Path(path_or_hub_id)
+    if not folder.is_dir():
+        folder = _download(str(path_or_hub_id), **hub_options)
+    path = next((p for s in ("safetensors", "bin") if (p := folder / f"{WEIGHTS_NAME}.{s}").is_file()), None)
+    if path is None:
+        raise ValueError(f"'{folder}' has no {WEIGHTS_NAME}.safetensors or .bin; is it a trained folder?")
+    try:
+        tensors = from_file_keys(_read_state(path))
+    except ValueError as error:
+        raise ValueError(f"'{path}' cannot be used: {error}") from None
+    config = _read_config(folder / CONFIG_NAME)
+    names = config.get("modifier_tokens")
+    if names is None:
+        names = sorted({p.stem for s in ("safetensors", "bin") for p in folder.glob(f"<*>.{s}")})
+    tokens = {}
+    for token in names:
+        file = next((p for s in ("safetensors", "bin") if (p := folder / f"{token}.{s}").is_file()), None)
+        if file is None:
+            raise ValueError(f"'{folder}' lacks the embedding of {token!r}, '{token}.safetensors' or .bin")
+        state = _read_state(file)
+        if set(state) != {token} or not isinstance(state[token], torch.Tensor) or state[token].dim() != 1:
+            raise ValueError(f"'{file}' cannot be used: it is not the embedding of {token!r}")
+        tokens[token] = state[token]
+    return ConceptWeights(tensors, tokens, config)
+
+
+def _read_config(path):
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"'{path}' cannot be used: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"'{path}' cannot be used: it is not a JSON object")
+    return config
+
+
+def _read_state(path):
+    try:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise many types in torch and safetensors
+        raise ValueError(f"'{path}' is damaged or not a weights file ({_first_line(error)})") from None
+    if not isinstance(state, dict) or not all(isinstance(v, (torch.Tensor, dict)) for v in state.values()):
+        raise ValueError(f"'{path}' is not a dictionary of tensors")
+    return state
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _download(hub_id, **hub_options):
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = [f"{WEIGHTS_NAME}.*", CONFIG_NAME, "<*>.*"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=wanted, **hub_options))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"'{hub_id}' is no folder, and no Hub repository that can be had ({_first_line(error)})"
+        ) from None
+
+
+@dataclass
+class _Loaded:
+    """What `unload_custom_diffusion` needs to undo a load."""
+
+    base_tensors: dict[str, torch.Tensor]
+    tokens: list[str]
+
+
+def load_custom_diffusion(pipe: DiffusionPipeline, path_or_hub_id: str | Path, **hub_options) -> None:
+    """Put a trained concept into a Stable Diffusion pipeline.
+
+    The trained keys and values (queries, outputs) take the place of the UNet's own, in its precision and on its device, so
+    that drawing costs what it did before; the modifier tokens join the tokenizer and text encoder. Whatever concept was
+    loaded before is taken out first. Works with offloading and with LoRA layers in place.
+
+    Args:
+        path_or_hub_id: trained folder, checkpoint folder, or Hub repository.
+        hub_options: `revision`, `token`, `cache_dir`... for the Hub.
+    Raises:
+        ValueError: the weights cannot be read, or do not fit the pipeline, which is then unchanged.
+    """
+    weights = read_weights(path_or_hub_id, **hub_options)
+    with _without_offloading(pipe):
+        earlier = _take_out(pipe)
+        try:
+            _check_fit(pipe, weights)
+        except ValueError as error:
+            if earlier is not None:
+                _put_in(pipe, earlier)
+            raise ValueError(f"'{path_or_hub_id}' does not fit the pipeline: {error}") from None
+        _put_in(pipe, weights)
+
+
+def unload_custom_diffusion(pipe: DiffusionPipeline) -> None:
+    """Undo `load_custom_diffusion`, bit for bit. Nothing happens if nothing is loaded."""
+    with _without_offloading(pipe):
+        _take_out(pipe)
+
+
+def _put_in(pipe, weights):
+    parameters = {name: _parameter(pipe.unet, name) for name in weights.tensors}
+    base = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights.tensors[name])
+    if weights.tokens:
+        pipe.load_textual_inversion([{t: e} for t, e in weights.tokens.items()], token=list(weights.tokens))
+    pipe._custom_diffusion = _Loaded(base, list(weights.tokens))
+
+
+def _take_out(pipe):
+    """Take the loaded concept out and return it, in the pipeline's precision."""
+    loaded = getattr(pipe, "_custom_diffusion", None)
+    if loaded is None:
+        return None
+    tensors = {name: _parameter(pipe.unet, name).detach().to("cpu", copy=True) for name in loaded.base_tensors}
+    embedding = pipe.text_encoder.get_input_embeddings().weight
+    ids = pipe.tokenizer.convert_tokens_to_ids(loaded.tokens)
+    tokens = {token: embedding[i].detach().cpu().clone() for token, i in zip(loaded.tokens, ids)}
+    with torch.no_grad():
+        for name, tensor in loaded.base_tensors.items():
+            _parameter(pipe.unet, name).copy_(tensor)
+    if loaded.tokens:
+        pipe.unload_textual_inversion(loaded.tokens)
+    pipe._custom_diffusion = None
+    return ConceptWeights(tensors, tokens)
+
+
+def _parameter(unet, name):
+    """The UNet's own parameter, below any LoRA layer that wraps its module."""
+    path, _, leaf = name.rpartition(".")
+    module = unet.get_submodule(path)
+    return getattr(getattr(module, "base_layer", module), leaf)
+
+
+def _check_fit(pipe, weights):
+    for part in ("unet", "text_encoder", "tokenizer"):
+        if getattr(pipe, part, None) is None:
+            raise ValueError(f"it has no {part}")
+    attentions = set(cross_attention_names(pipe.unet))
+    named = {re.match(r".+\.attn2", name).group() for name in weights.tensors}
+    if named != attentions:
+        raise ValueError(
+            f"the weights are for {len(named)} cross-attentions of another model, not these {len(attentions)}"
+        )
+    for name, tensor in weights.tensors.items():
+        shape = _parameter(pipe.unet, name).shape
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)}, the model's is {tuple(shape)}; was it trained on another model?"
+            )
+    width = pipe.text_encoder.get_input_embeddings().weight.shape[1]
+    for token, embedding in weights.tokens.items():
+        if embedding.shape != (width,):
+            raise ValueError(f"the embedding of {token} is {tuple(embedding.shape)}, the model's have {width} values")
+        if token in pipe.tokenizer.get_vocab():
+            raise ValueError(f"its tokenizer already has {token}; unload what brought it")
+
+
+@contextmanager
+def _without_offloading(pipe):
+    """Take CPU offloading off, which keeps weights out of reach, and put it back."""
+    hooks = [m._hf_hook for m in pipe.components.values() if hasattr(m, "_hf_hook")]
+    if not hooks:
+        yield
+        return
+    model_offload = any(isinstance(hook, CpuOffload) for hook in hooks)
+    device = pipe._offload_device
+    pipe.remove_all_hooks()
+    try:
+        yield
+    finally:
+        if model_offload:
+            pipe.enable_model_cpu_offload(device=device)
+        else:
+            pipe.enable_sequential_cpu_offload(device=device)

@@ -1,0 +1,89 @@
+"""Tiny random Stable Diffusion models and pictures, made in a second, for tests."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+WORDS = ["photo", "of", "a", "cat", "wooden", "pot", "person", "ktn", "pll", "ucd", "sitting", "in", "bucket", "the"]
+
+
+def make_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A byte-level CLIP tokenizer with every word of WORDS as one token, through real merge rules."""
+    characters = [chr(c) for c in range(33, 127)]
+    vocabulary = {symbol: i for i, symbol in enumerate(characters + [c + "</w>" for c in characters])}
+    merges = []
+    for word in WORDS:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            if (pieces[0], pieces[1]) not in merges:
+                merges.append((pieces[0], pieces[1]))
+            pieces[:2] = [pieces[0] + pieces[1]]
+            vocabulary.setdefault(pieces[0], len(vocabulary))
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocabulary[special] = len(vocabulary)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=16)
+
+
+def make_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+    """A random model of SD's architecture: 64 px, latents 16 x 16, six attentions, all in the diffusers layout."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=16, projection_dim=32, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(16, 16, 32), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=4, norm_num_groups=8,
+        sample_size=64,
+    )  # fmt: skip
+    # Random attention is nearly uniform; sharper text features make prompts matter as they do in a real model.
+    with torch.no_grad():
+        text_encoder.get_input_embeddings().weight.mul_(20)
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
+        scheduler=DDPMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type,
+            clip_sample=False,
+        ),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def make_pictures(
+    folder: Path, count: int, size: tuple[int, int] = (90, 70), seed: int = 0, suffix: str = ".jpg"
+) -> Path:
+    """Pictures of random blocks, `size` = (width, height) pixels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        blocks = Image.fromarray(rng.integers(256, size=(6, 6, 3), dtype=np.uint8))
+        blocks.resize(size, Image.Resampling.BICUBIC).save(folder / f"{index}{suffix}")
+    return folder
+
+
+def make_class_folder(folder: Path, count: int, caption: str = "photo of a cat {}", seed: int = 1) -> Path:
+    """Class images in the layout that `retrieve.py` writes."""
+    make_pictures(folder / "images", count, seed=seed)
+    (folder / "images.txt").write_text("".join(f"images/{i}.jpg\n" for i in range(count)))
+    (folder / "caption.txt").write_text("".join(caption.format(i) + "\n" for i in range(count)))
+    (folder / "urls.txt").write_text("".join(f"http://localhost/{i}.jpg\n" for i in range(count)))
+    return folder

@@ -1,0 +1,421 @@
+"""Teach a Stable Diffusion model a new concept from a few photos. Run by `accelerate launch`, or by plain `python`.
+
+Source: Custom Diffusion (Kumari et al., CVPR 2023, arXiv 2212.04488).
+"""
+
+import os
+import sys
+
+from custom_diffusion.args import InputError, exit_with_problems, modifier_pairs, parse_args
+
+if __name__ == "__main__":
+    args, concepts = parse_args()  # before the imports that take seconds: `--help` and a wrong flag answer at once
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would announce that torchvision, unused, is missing
+
+import copy
+import logging
+import math
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    send_to_device,
+    set_seed,
+)
+from diffusers.optimization import get_scheduler
+from tqdm.auto import tqdm
+
+from custom_diffusion import hub
+from custom_diffusion.attention import install_trained_projections
+from custom_diffusion.checkpoint_names import find_checkpoint
+from custom_diffusion.checkpoints import (
+    Checkpoint,
+    read_checkpoint,
+    read_latest_checkpoint,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
+from custom_diffusion.data import BatchPlan, SampleSettings, TrainingSamples, make_dataloader
+from custom_diffusion.interruption import RunStopped, StepReports, StopSignals
+from custom_diffusion.latents import LatentEncoder
+from custom_diffusion.models import ConceptModel, ModelSource, cast_frozen, check_model, load_models, load_tokenizer
+from custom_diffusion.objective import custom_diffusion_loss, prediction_target
+from custom_diffusion.prior import class_images, generate_class_images
+from custom_diffusion.readback import read_back
+from custom_diffusion.sampling import Sampler, log_samples, save_samples
+from custom_diffusion.settings import check_resumable, run_settings, weights_config
+from custom_diffusion.tokens import add_modifier_tokens, token_problems
+from custom_diffusion.weights import ConceptWeights, write_weights
+
+logger = get_logger(__name__)
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def main(args, concepts):
+    """One training run, from flags to saved weights and pictures."""
+    signals = StopSignals()
+    accelerator = make_accelerator(args)
+    weight_dtype = DTYPES[accelerator.mixed_precision]
+    output_dir = Path(args.output_dir)
+    pairs = modifier_pairs(args)
+    set_seed(args.seed)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+    # Whatever can be checked without the weights
+    source = ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant, args.tokenizer_name)
+    shape, noise_scheduler = check_model(source)
+    tokenizer = load_tokenizer(source)
+    problems = token_problems(tokenizer, pairs, [concept.instance_prompt for concept in concepts])
+    if args.resolution % shape.vae_factor:
+        nearest = max(round(args.resolution / shape.vae_factor), 1) * shape.vae_factor
+        problems.append(f"--resolution: {args.resolution} is not a multiple of {shape.vae_factor}; try {nearest}")
+    if problems:
+        raise InputError(*problems)
+    settings = run_settings(args, concepts)
+    checkpoint = find_resume(accelerator, args, settings)
+    repo_id = hub.create_repository(args, accelerator) if args.push_to_hub else None
+
+    # Class images
+    if args.with_prior_preservation and not args.real_prior:
+        generate_class_images(
+            accelerator,
+            source,
+            concepts,
+            num_class_images=args.num_class_images,
+            batch_size=args.sample_batch_size,
+            dtype=prior_dtype(args, accelerator.device),
+            seed=args.seed,
+        )
+
+    # Model: frozen, but for the trained projections and the modifier tokens' rows
+    unet, text_encoder, vae = load_models(source, weight_dtype)
+    plain_tokenizer = copy.deepcopy(tokenizer)
+    install_trained_projections(unet, args.freeze_model)
+    add_modifier_tokens(tokenizer, text_encoder, pairs)
+    cast_frozen(unet, weight_dtype)
+    cast_frozen(text_encoder, weight_dtype)
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        if pairs:
+            text_encoder.gradient_checkpointing_enable()
+    concept_model = ConceptModel(unet, text_encoder, tokenizer, [token for token, _ in pairs]).train()
+    if checkpoint is not None:
+        concept_model.load_trained(checkpoint.weights)
+
+    # Data: the sequence of samples, of which this process takes its part from `position` on
+    samples = make_samples(args, concepts, shape, noise_scheduler)
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    steps_per_epoch = math.ceil(samples.epoch_length / samples_per_step)
+    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    step, position = (checkpoint.step, checkpoint.position) if checkpoint is not None else (0, 0)
+    plan = BatchPlan(
+        first_position=position,
+        num_steps=max(max_train_steps - step, 0),
+        batch_size=args.train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    dataloader, num_views = make_dataloader(
+        samples, plan, num_workers=args.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda"
+    )
+    encoder = LatentEncoder(vae.to(accelerator.device), num_views if args.cache_latents else None)
+
+    # Optimizer and schedule, over the trained parameters alone
+    learning_rate = args.learning_rate
+    if args.scale_lr:
+        learning_rate *= samples_per_step * (2 if args.with_prior_preservation else 1)
+    optimizer = make_optimizer(args, concept_model.trained_parameters(), learning_rate)
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, max_train_steps)
+    model, optimizer = accelerator.prepare(concept_model, optimizer)
+    stateful = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
+    if accelerator.scaler is not None:
+        stateful["scaler"] = accelerator.scaler
+    if checkpoint is not None:
+        for name, part in stateful.items():
+            part.load_state_dict(checkpoint.state[name])
+        logger.info(f"Resuming from checkpoint-{step}")
+    del checkpoint
+
+    # What is done between steps
+    formats = ("bin",) if args.no_safe_serialization else ("safetensors", "bin")
+
+    def trained_weights():
+        tensors, rows = concept_model.trained_tensors()
+        tokens = {token: row for (token, _), row in zip(pairs, rows)}
+        return ConceptWeights(tensors, tokens, weights_config(settings, step))
+
+    def save():
+        if not accelerator.is_main_process:
+            return
+        state = {name: part.state_dict() for name, part in stateful.items()}
+        # One format is enough here; the end of the run writes both.
+        written = Checkpoint(step, position, trained_weights(), state, settings)
+        path = save_checkpoint(output_dir, written, unet, formats[:1])
+        remove_old_checkpoints(output_dir, args.checkpoints_total_limit)
+        logger.info(f"Saved {path}")
+
+    sampler = Sampler(
+        source,
+        noise_scheduler,
+        prompt=args.validation_prompt,
+        num_images=args.num_validation_images,
+        size=args.resolution,
+        seed=args.seed,
+        dtype=weight_dtype,
+        device=accelerator.device,
+    )
+
+    def show(pipeline, name, tag):
+        images = sampler.draw(pipeline)
+        log_samples(accelerator, images, tag=tag, prompt=args.validation_prompt, step=step)
+        return save_samples(images, output_dir / "samples", name) if images else []
+
+    def validate():
+        if accelerator.is_main_process and sampler.num_images:
+            concept_model.eval()
+            show(sampler.pipeline(unet, text_encoder, tokenizer), f"step-{step:06d}", "validation")
+            concept_model.train()
+
+    # Training
+    if accelerator.is_main_process:
+        public = {name: value for name, value in vars(args).items() if name != "hub_token"}
+        accelerator.init_trackers("custom-diffusion", config=public)
+        print_summary(args, concepts, concept_model, samples, samples_per_step, max_train_steps)
+    if step == 0:
+        validate()
+    reports = StepReports(accelerator)
+    bar = tqdm(total=max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
+    losses = torch.zeros(3, device=accelerator.device)
+    for batch in dataloader:
+        with accelerator.accumulate(model):
+            batch = send_to_device(batch, accelerator.device, non_blocking=True)
+            loss, *parts = training_loss(model, batch, encoder, noise_scheduler, args.prior_loss_weight)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(concept_model.trained_parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=args.set_grads_to_none)
+        losses += torch.stack([loss, *parts]).detach() / args.gradient_accumulation_steps
+        if not accelerator.sync_gradients:
+            continue
+        if not accelerator.optimizer_step_was_skipped:
+            lr_scheduler.step()
+        step, position = step + 1, position + samples_per_step
+
+        report = reports.exchange(losses, grad_norm, signals.received)
+        losses = torch.zeros_like(losses)
+        stopping = report.stop_signal != 0
+        if stopping or step == max_train_steps or step % args.checkpointing_steps == 0:
+            report = reports.latest()  # nothing is written before its losses are known
+        if not report.finite:
+            raise RunStopped(not_finite_message(report, step, output_dir))
+        log_step(accelerator, bar, report, lr_scheduler.get_last_lr()[0], step)
+        if stopping:
+            save_or_explain(save, output_dir)
+            raise RunStopped(interrupted_message(output_dir, step), status=128 + report.stop_signal)
+        if step % args.checkpointing_steps == 0:
+            save_or_explain(save, output_dir)
+        if step % args.validation_steps == 0 and step < max_train_steps:
+            validate()
+    bar.close()
+
+    # Write, read back, draw, share
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_or_explain(lambda: write_weights(output_dir, trained_weights(), unet, formats), output_dir)
+        latent_size = args.resolution // shape.vae_factor
+        pipeline = read_back(
+            output_dir,
+            concept_model.eval(),
+            sampler.pipeline,
+            plain_tokenizer,
+            prompt=concepts[0].instance_prompt,
+            latent_shape=(1, shape.latent_channels, latent_size, latent_size),
+        )
+        logger.info(f"Saved the weights in '{output_dir}', and read them back")
+        pictures = show(pipeline, "final", "test")
+        if repo_id is not None:
+            hub.share(args, output_dir, repo_id, weights_config(settings, step), pictures)
+    accelerator.end_training()
+
+
+def make_accelerator(args):
+    """Raises InputError for a precision that this machine cannot do."""
+    output_dir = Path(args.output_dir)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    for noisy in ("httpx", "urllib3", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        return Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=args.report_to,
+            project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=output_dir / args.logging_dir),
+            kwargs_handlers=[
+                AutocastKwargs(enabled=False),  # frozen weights have their precision, trained ones cast themselves
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # others wait while one draws pictures
+            ],
+        )
+    except ValueError as error:
+        raise InputError(f"--mixed_precision: {str(error).splitlines()[0]}") from None
+
+
+def find_resume(accelerator, args, settings):
+    """The checkpoint to resume from, as the main process finds it; None to start anew.
+
+    Raises:
+        InputError: the checkpoint is damaged, or its weights do not fit these flags.
+    """
+    if args.resume_from_checkpoint is None:
+        return None
+    found = [None, None]  # checkpoint, problem; other machines may not see the folder
+    if accelerator.is_main_process:
+        output_dir = Path(args.output_dir)
+        try:
+            if args.resume_from_checkpoint == "latest":
+                found[0] = read_latest_checkpoint(output_dir, logger.warning)
+            else:
+                found[0] = read_checkpoint(find_checkpoint(output_dir, args.resume_from_checkpoint))
+            if found[0] is None:
+                logger.info(f"No checkpoint in '{output_dir}' yet: starting a new run")
+            else:
+                check_resumable(found[0].settings, settings, logger.warning)
+        except ValueError as error:
+            found[1] = f"--resume_from_checkpoint: {error}"
+    broadcast_object_list(found)
+    checkpoint, problem = found
+    if problem:
+        raise InputError(problem)
+    return checkpoint
+
+
+def prior_dtype(args, device):
+    """--prior_generation_precision, by default half precision on a GPU."""
+    return DTYPES[args.prior_generation_precision or ("fp16" if device.type == "cuda" else "no")]
+
+
+def make_samples(args, concepts, shape, noise_scheduler):
+    """The run's sequence of samples. Decodes the photos."""
+    class_pictures = []
+    if args.with_prior_preservation:
+        for concept in concepts:
+            class_pictures += class_images(concept, args.num_class_images, args.real_prior)
+    settings = SampleSettings(
+        seed=args.seed,
+        size=args.resolution,
+        latent_size=args.resolution // shape.vae_factor,
+        latent_channels=shape.latent_channels,
+        num_train_timesteps=noise_scheduler.config.num_train_timesteps,
+        center_crop=args.center_crop,
+        hflip=args.hflip,
+        augment=not args.noaug,
+        pool_size=args.augmentations_per_image if args.cache_latents else None,
+    )
+    photos = [(path, concept.instance_prompt) for concept in concepts for path in concept.photos()]
+    return TrainingSamples(photos, class_pictures, settings)
+
+
+def make_optimizer(args, parameters, learning_rate):
+    """AdamW, fused, or bitsandbytes' 8-bit one."""
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        optimizer_class, options = bitsandbytes.optim.AdamW8bit, {}
+    else:
+        optimizer_class, options = torch.optim.AdamW, {"fused": True}
+    return optimizer_class(
+        parameters,
+        lr=learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+        **options,
+    )
+
+
+def training_loss(model, batch, encoder, noise_scheduler, prior_loss_weight):
+    """Total, instance and prior loss of a batch of `data.collate`, on the device."""
+    latents = encoder(batch)
+    noise, timesteps = batch["noise"], batch["timesteps"]
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    model_pred = model(noisy_latents, timesteps, batch["prompts"])
+    target = prediction_target(noise_scheduler, latents, noise, timesteps)
+    return custom_diffusion_loss(model_pred, target, batch["mask"], prior_loss_weight)
+
+
+def print_summary(args, concepts, model, samples, samples_per_step, max_train_steps):
+    """What is about to happen, in the log."""
+    trained = sum(p.numel() for p in model.trained_parameters())
+    logger.info(
+        f"Training {trained:,} parameters on {len(samples.photos)} photos of {len(concepts)} concept(s) and "
+        f"{len(samples.class_images)} class images, {samples_per_step} a step, for {max_train_steps} optimizer steps"
+    )
+
+
+def log_step(accelerator, bar, report, learning_rate, step):
+    """Show a step's losses in the progress bar and the trackers."""
+    bar.update(1)
+    bar.set_postfix(loss=f"{report.loss:.4f}", lr=f"{learning_rate:.3g}")
+    values = {
+        "loss": report.loss,
+        "instance_loss": report.instance_loss,
+        "prior_loss": report.prior_loss,
+        "lr": learning_rate,
+        "grad_norm": report.grad_norm,
+    }
+    if bar.format_dict["rate"]:
+        values["steps_per_second"] = bar.format_dict["rate"]
+    accelerator.log(values, step=step)
+
+
+def save_or_explain(save, output_dir):
+    """Call `save`; a full disk or a folder that cannot be written becomes one clear line."""
+    try:
+        save()
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        raise RunStopped(f"cannot write to '{output_dir}': {error}. {last_good(output_dir)}") from error
+
+
+def last_good(output_dir):
+    """How to go on from the newest whole checkpoint, as a sentence."""
+    checkpoint = read_latest_checkpoint(output_dir, logger.warning)
+    if checkpoint is None:
+        return "There is no checkpoint to go back to."
+    return f"The last good checkpoint is checkpoint-{checkpoint.step}; repeat the command with --resume_from_checkpoint latest"
+
+
+def not_finite_message(report, step, output_dir):
+    return (
+        f"the loss is {report.loss} at step {step}; nothing of it was saved. Lower --learning_rate, or use another "
+        f"--mixed_precision. {last_good(output_dir)}"
+    )
+
+
+def interrupted_message(output_dir, step):
+    return (
+        f"stopped by a signal after step {step}; saved '{output_dir / f'checkpoint-{step}'}'. "
+        "To go on, repeat the command with --resume_from_checkpoint latest"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main(args, concepts)
+    except InputError as error:
+        exit_with_problems("train_custom_diffusion.py", error.problems)
+    except RunStopped as stop:
+        print(f"train_custom_diffusion.py: {stop}", file=sys.stderr)
+        sys.exit(stop.status)
