@@ -33,7 +33,9 @@ def read_class_folder(class_data_dir: Path) -> list[tuple[Path, str]]:
         return []
     for name, lines in ((PATHS, paths), (CAPTIONS, captions)):
         if lines is None:
-            raise ValueError(f"{folder / name} is missing; each line of it belongs to one picture in {folder / 'images'}")
+            raise ValueError(
+                f"{folder / name} is missing; each line of it belongs to one picture in {folder / 'images'}"
+            )
     if len(paths) != len(captions):
         raise ValueError(
             f"{folder}: {PATHS} has {len(paths)} lines but {CAPTIONS} has {len(captions)}, so captions cannot be matched to "

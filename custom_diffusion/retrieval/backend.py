@@ -1,0 +1,195 @@
+"""Candidates from a clip-retrieval backend: its `knn-service` protocol, spoken directly.
+
+clip-retrieval's own client cannot be installed beside current diffusers, and turns every failure into a JSON error.
+"""
+
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator
+from urllib.parse import urlsplit, urlunsplit
+
+from custom_diffusion.retrieval.candidates import Candidate, SourceError, is_web_url, one_line
+
+LAION_URL = "https://knn.laion.ai/knn-service"  # the reference script's; gone since early 2024
+CONNECT_SECONDS = 6  # for an answer of any kind from the server, name look-up included
+QUERY_SECONDS = 120  # a large index on disk takes that long when cold
+MAX_NUM_IMAGES = 100_000
+
+
+class KnnBackend:
+    """A source of candidates.
+
+    Args:
+        url: of the service; `/knn-service` is added to a bare `http://host:port`.
+        indice_name: the index to search, as the backend's `indices_paths.json` names it.
+        aesthetic_weight: 0 to 1; how far beautiful pictures are preferred (ignored by backends without that model).
+        min_similarity: least CLIP similarity of a row to the class prompt, or None.
+    """
+
+    def __init__(self, url: str, indice_name: str, aesthetic_weight: float, min_similarity: float | None):
+        self.url = _service_url(url)
+        self.indice_name = indice_name
+        self.aesthetic_weight = aesthetic_weight
+        self.min_similarity = min_similarity
+        self.name = f"clip-retrieval backend {self.url} (index {indice_name})"
+
+    def check(self):
+        """Make sure that something answers there, and that it has the index.
+
+        Raises:
+            SourceError: nothing answers, or the index is not among those that the backend lists.
+        """
+        indices_url = self.url.removesuffix("/knn-service") + "/indices-list"
+        response = self._request("GET", indices_url, CONNECT_SECONDS)
+        try:
+            names = json.loads(response.text)
+        except ValueError:
+            return  # behind a proxy that forwards the service only; the query will tell
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            return
+        if self.indice_name not in names:
+            has = ", ".join(names) or "no index at all"
+            raise SourceError(
+                f"--indice_name: the backend at {self.url} has no index {self.indice_name!r}; it has: {has}"
+            )
+
+    def candidates(self, class_prompt: str, num_missing: int) -> Iterator[Candidate]:
+        """Rows by falling similarity, asking for more as long as that brings new ones.
+
+        The backend drops near-duplicates after its search, so a short answer does not mean that the index is exhausted.
+
+        Raises:
+            SourceError: the backend does not answer, or not with rows.
+        """
+        seen = set()
+        num_images = max(math.ceil(1.5 * num_missing), 16)
+        while True:
+            new, below = 0, False
+            for row in self._query(class_prompt, num_images):
+                key = row.get("id", row.get("url"))
+                if isinstance(key, (list, dict)) or key in seen:
+                    continue
+                seen.add(key)
+                new += 1
+                if self.min_similarity is not None and not _similarity(row) >= self.min_similarity:
+                    below = True
+                    continue
+                if (candidate := _candidate(row, class_prompt)) is not None:
+                    yield candidate
+            if not new or below or num_images >= MAX_NUM_IMAGES:
+                return
+            num_images = min(2 * num_images, MAX_NUM_IMAGES)
+
+    def _query(self, text, num_images):
+        body = {
+            "text": text,
+            "image": None,
+            "image_url": None,
+            "embedding_input": None,
+            "deduplicate": True,
+            "use_safety_model": True,
+            "use_violence_detector": True,
+            "indice_name": self.indice_name,
+            "use_mclip": False,
+            "aesthetic_score": 9,
+            "aesthetic_weight": self.aesthetic_weight,
+            "modality": "image",
+            "num_images": num_images,
+            "num_result_ids": num_images,
+        }
+        response = self._request("POST", self.url, QUERY_SECONDS, body)
+        if response.status_code != 200:
+            raise SourceError(f"{self.name}: {_explain_status(response.status_code, self.indice_name)}")
+        try:
+            rows = json.loads(response.text)  # Python's parser takes the bare NaN that backends send
+        except ValueError:
+            start = one_line(response.text[:200])[:60]
+            raise SourceError(
+                f"{self.name}: the answer is not JSON but starts {start!r}; this is no clip-retrieval backend, check --client_url"
+            ) from None
+        if not isinstance(rows, list):
+            raise SourceError(f"{self.name}: the answer is no list of rows but {one_line(json.dumps(rows))[:80]}")
+        return [row for row in rows if isinstance(row, dict)]
+
+    def _request(self, method, url, seconds, body=None):
+        import httpx
+
+        try:
+            return within(
+                seconds, lambda: httpx.request(method, url, json=body, timeout=seconds, follow_redirects=True)
+            )
+        except TimeoutError:
+            reason = f"no answer within {seconds} seconds"
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            reason = one_line(str(error)) or type(error).__name__
+        raise SourceError(
+            f"cannot reach the {self.name}: {reason}; start it or correct --client_url, or use --dataset NAME_OR_PATH"
+        )
+
+
+def _service_url(url):
+    parts = urlsplit(url.strip().rstrip("/"))
+    return urlunsplit(parts._replace(path=parts.path or "/knn-service"))
+
+
+def _similarity(row):
+    value = row.get("similarity")
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _candidate(row, class_prompt):
+    """A row as a candidate, or None when it has neither an address nor the picture itself."""
+    caption = one_line(row.get("caption")) or class_prompt
+    url = one_line(row.get("url"))
+    if is_web_url(url):
+        return Candidate(caption, url)
+    # An index of pictures on the backend's own disk: the row brings the picture, base64-encoded.
+    if isinstance(row.get("image"), str) and one_line(row.get("image_path")):
+        import base64
+
+        try:
+            return Candidate(caption, one_line(row["image_path"]), base64.b64decode(row["image"]))
+        except ValueError:
+            return None
+    return None
+
+
+def _explain_status(status, indice_name):
+    if status >= 500:
+        return (
+            f"it answered {status} (it says so for an empty index too, and when a picture in the index is RGBA); see the "
+            f"backend's own log, or try another index than {indice_name!r} with --indice_name"
+        )
+    if status in (404, 405):
+        return f"it answered {status}; --client_url must be the address of the service, http://HOST:1234/knn-service"
+    return f"it answered {status}; check --client_url"
+
+
+def within(seconds: float, function):
+    """What `function()` returns, or TimeoutError after so many seconds of wall clock.
+
+    A client's own timeouts cover neither name look-ups nor a server that drips.
+    """
+    outcome = {}
+
+    def run():
+        try:
+            outcome["value"] = function()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["value"]
+
+
+def default_url() -> str:
+    """`CLIP_RETRIEVAL_URL` of the environment, else LAION's address."""
+    return os.environ.get("CLIP_RETRIEVAL_URL", "").strip() or LAION_URL
