@@ -257,8 +257,11 @@ def make_accelerator(args):
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     for noisy in ("httpx", "urllib3", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Without a GPU, accelerate takes processes that torchrun started for single ones unless it is told.
+    several_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
     try:
         return Accelerator(
+            cpu=several_on_cpu,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
             log_with=args.report_to,
