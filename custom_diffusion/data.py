@@ -77,7 +77,7 @@ def draw_augmentation(
 def render_photo(photo: Image.Image, augmentation: Augmentation, size: int) -> torch.Tensor:
     """The photo as its augmentation shows it: (3, size, size) float32 in [-1, 1], padding 0 (grey)."""
     a = augmentation
-    square = photo.resize((a.scale, a.scale), Image.Resampling.BILINEAR, box=a.crop)
+    square = photo.crop(a.crop).resize((a.scale, a.scale), Image.Resampling.BILINEAR)
     pixels = to_pixels(ImageOps.mirror(square) if a.flip else square)
     if a.scale > size:
         return pixels[:, a.top : a.top + size, a.left : a.left + size].contiguous()

@@ -60,7 +60,7 @@ def make_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0) ->
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
         scheduler=DDPMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type,
-            clip_sample=False,
+            clip_sample=False, steps_offset=1,
         ),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip

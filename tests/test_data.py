@@ -1,0 +1,193 @@
+"""Augmentation, masks, crops, and the sequence of samples, against cases computed by hand."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import make_pictures
+
+from custom_diffusion.data import (
+    Augmentation,
+    BatchPlan,
+    SampleSettings,
+    TrainingSamples,
+    collate,
+    draw_augmentation,
+    make_dataloader,
+    open_picture,
+    photo_mask,
+    render_class_image,
+    render_photo,
+)
+
+SETTINGS = SampleSettings(
+    seed=5, size=64, latent_size=16, latent_channels=4, num_train_timesteps=1000, center_crop=False, hflip=True,
+    augment=True,
+)  # fmt: skip
+
+
+def shown(scale, left, top, size=(100, 100), padded=True):
+    return Augmentation(False, (0, 0, *size), scale, left, top, "", padded)
+
+
+@pytest.mark.parametrize(
+    ("scale", "left", "top", "rows", "columns"),
+    [
+        (512, 0, 0, (1, 63), (1, 63)),  # whole canvas: the border still goes
+        (256, 0, 0, (1, 31), (1, 31)),
+        (256, 128, 256, (33, 63), (17, 47)),
+        (171, 13, 100, (13, 32), (2, 22)),  # 100 // 8 + 1, (100 + 171) // 8 - 1; 13 // 8 + 1, (13 + 171) // 8 - 1
+    ],
+)
+def test_mask_of_a_pasted_photo(scale, left, top, rows, columns):
+    mask = photo_mask(shown(scale, left, top), 512, 64)
+    expected = torch.zeros(1, 64, 64)
+    expected[:, slice(*rows), slice(*columns)] = 1
+    assert torch.equal(mask, expected)
+
+
+def test_mask_is_full_without_padding():
+    assert photo_mask(shown(700, 5, 5, padded=False), 512, 64).all()
+
+
+def test_mask_is_never_empty():
+    mask = photo_mask(shown(21, 43, 43), 64, 8)  # 21 pixels at factor 8: all border
+    assert mask.sum() == 1
+    assert mask[0, 6, 6] == 1
+
+
+def test_small_photo_is_pasted_on_grey():
+    photo = Image.new("RGB", (100, 100), (255, 255, 255))
+    pixels = render_photo(photo, shown(16, 20, 30), 64)
+    expected = torch.zeros(3, 64, 64)
+    expected[:, 30:46, 20:36] = 1
+    assert torch.equal(pixels, expected)
+
+
+def test_large_photo_is_cut():
+    ramp = np.broadcast_to(np.arange(80, dtype=np.uint8)[None, :, None], (80, 80, 3))
+    pixels = render_photo(Image.fromarray(ramp.copy()), shown(80, 10, 3, size=(80, 80), padded=False), 64)
+    assert torch.allclose((pixels[0, 0] + 1) * 127.5, torch.arange(10.0, 74.0))
+
+
+def test_flip_mirrors_after_the_crop():
+    photo = Image.new("RGB", (120, 60))
+    photo.paste((255, 255, 255), (30, 0, 60, 60))  # left half of the centred square
+    flipped = Augmentation(True, (30, 0, 90, 60), 64, 0, 0, "", False)
+    pixels = render_photo(photo, flipped, 64)
+    assert pixels[:, :, :30].max() == -1
+    assert pixels[:, :, 34:].min() == 1
+
+
+def test_distribution_of_augmentations():
+    rng = np.random.default_rng(0)
+    draws = [draw_augmentation(rng, 300, 200, 512, center_crop=False, hflip=True, augment=True) for _ in range(6000)]
+    small = [a for a in draws if a.scale <= 512]
+    assert len(small) / len(draws) == pytest.approx(0.66, abs=0.02)
+    assert min(a.scale for a in small) == 170
+    assert max(a.scale for a in small) == 512
+    large = [a.scale for a in draws if a.scale > 512]
+    assert (min(large), max(large)) == (614, 715)  # int(1.2 * 512) to int(1.4 * 512) - 1
+    assert np.mean([a.flip for a in draws]) == pytest.approx(0.5, abs=0.03)
+    for a in draws:
+        far = a.scale < 0.6 * 512
+        near = a.scale > 512
+        assert (a.prefix in ("a far away ", "very small ")) == far
+        assert (a.prefix in ("zoomed in ", "close up ")) == near
+        assert a.prefix or not (far or near)
+        assert 0 <= a.left <= abs(512 - a.scale)
+        assert 0 <= a.top <= abs(512 - a.scale)
+        left, top, right, bottom = a.crop
+        assert right - left == bottom - top == 200
+        assert 0 <= left <= 100
+        assert top == 0
+    assert {a.crop[0] for a in draws} == set(range(101))
+    assert len({a.prefix for a in draws}) == 5
+
+
+def test_without_augmentation():
+    rng = np.random.default_rng(0)
+    a = draw_augmentation(rng, 90, 70, 64, center_crop=True, hflip=False, augment=False)
+    assert a == Augmentation(False, (10, 0, 80, 70), 64, 0, 0, "", padded=False)
+
+
+def test_pictures_are_upright(tmp_path):
+    image = Image.new("RGB", (40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn right
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_picture(tmp_path / "turned.jpg").size == (20, 40)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16"])
+def test_pictures_of_any_mode_become_rgb(tmp_path, mode):
+    name = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    Image.new(mode, (30, 30)).save(name)
+    assert open_picture(name).mode == "RGB"
+
+
+def test_class_images_keep_their_shape():
+    ramp = np.broadcast_to(np.arange(128, dtype=np.uint8)[None, :, None], (64, 128, 3))
+    pixels = render_class_image(
+        Image.fromarray(ramp.copy()), np.random.default_rng(0), 64, center_crop=True, flip=False
+    )
+    assert torch.allclose((pixels[0, 0] + 1) * 127.5, torch.arange(32.0, 96.0))
+    mirrored = render_class_image(
+        Image.fromarray(ramp.copy()), np.random.default_rng(0), 64, center_crop=True, flip=True
+    )
+    assert torch.equal(mirrored, pixels.flip(2))
+
+
+@pytest.fixture
+def samples(tmp_path):
+    photos = [(p, "a <new1> cat") for p in sorted(make_pictures(tmp_path / "a", 3).iterdir())]
+    classes = [(p, p.stem) for p in sorted(make_pictures(tmp_path / "b", 7, seed=2).iterdir())]
+    return TrainingSamples(photos, classes, SETTINGS)
+
+
+def test_an_epoch_pairs_every_index_once(samples):
+    for epoch in range(3):
+        pairs = [samples.indices(position) for position in range(7 * epoch, 7 * (epoch + 1))]
+        assert sorted(pairs, key=lambda pair: pair[1]) == [(i % 3, i % 7) for i in range(7)]
+    assert [samples.indices(i) for i in range(7)] != [samples.indices(i) for i in range(7, 14)]
+
+
+def test_a_sample_depends_on_its_position_only(samples):
+    first = samples[11, True]
+    for position in (3, 200):
+        samples[position, True]
+    again = samples[11, True]
+    assert first["prompts"] == again["prompts"]
+    for key in ("pixel_values", "mask", "timesteps", "noise", "posterior_noise"):
+        assert torch.equal(first[key], again[key])
+        assert key == "mask" or not torch.equal(first[key], samples[12, True][key])
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+@pytest.mark.parametrize(
+    ("processes", "batch_size", "accumulation"), [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 1, 4), (2, 1, 2)]
+)
+def test_any_division_of_a_step_sees_the_same_samples(samples, num_workers, processes, batch_size, accumulation):
+    seen = torch.zeros(0)
+    for process in range(processes):
+        plan = BatchPlan(8, 2, batch_size, accumulation, process, processes)
+        assert plan.samples_per_step == 4
+        loader, _ = make_dataloader(samples, plan, num_workers=num_workers, pin_memory=False)
+        batches = list(loader)
+        assert len(batches) == len(plan) == 2 * accumulation
+        seen = torch.cat([seen, *[batch["noise"].flatten(1) for batch in batches]])
+    expected = collate([samples[position, True] for position in range(8, 16)])["noise"].flatten(1)
+    assert {tuple(row.tolist()) for row in seen} == {tuple(row.tolist()) for row in expected}
+
+
+def test_batches_list_photos_before_class_images(samples):
+    batch = collate([samples[position, True] for position in (0, 1)])
+    alone = [samples[position, True] for position in (0, 1)]
+    assert batch["prompts"] == [
+        alone[0]["prompts"][0],
+        alone[1]["prompts"][0],
+        alone[0]["prompts"][1],
+        alone[1]["prompts"][1],
+    ]
+    assert torch.equal(batch["pixel_values"][3], alone[1]["pixel_values"][1])
+    assert batch["mask"].shape == (2, 1, 16, 16)
