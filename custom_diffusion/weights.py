@@ -1,5 +1,6 @@
 """The trained folder: write it, read it, load it into a pipeline, take it out again."""
 
+import glob
 import json
 import os
 import re
@@ -18,11 +19,28 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from custom_diffusion.attention import cross_attention_names
 
 WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
+DELTAS_NAME = "custom_diffusion_deltas.safetensors"
 CONFIG_NAME = "custom_diffusion_config.json"
 _KEY = re.compile(
     r"(?P<attention>.+\.attn2)\.processor\.(?P<projection>to_[qkv]|to_out)_custom_diffusion"
     r"(?P<index>\.0)?\.(?P<name>weight|bias)"
 )
+
+
+@dataclass(frozen=True)
+class LowRankDelta:
+    """A change of a weight matrix (out, in): up (out, rank) times down (rank, in)."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size([self.up.shape[0], self.down.shape[1]])
+
+    def matrix(self) -> torch.Tensor:
+        """(out, in) float32."""
+        return self.up.float() @ self.down.float()
 
 
 @dataclass
@@ -33,11 +51,17 @@ class ConceptWeights:
         tensors: the UNet's parameters by their names in it, "...attn2.to_k.weight" -> (out, in) or (out,) float32.
         tokens: modifier token -> (dim,) embedding.
         config: base model, concepts and training settings; empty for folders that other trainers wrote.
+        deltas: of compressed weights, parameters by name as changes of the base model's; none of them is in `tensors`.
     """
 
     tensors: dict[str, torch.Tensor]
     tokens: dict[str, torch.Tensor]
     config: dict = field(default_factory=dict)
+    deltas: dict[str, LowRankDelta] = field(default_factory=dict)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of every parameter that the weights bring, by name."""
+        return {name: value.shape for name, value in (self.tensors | self.deltas).items()}
 
 
 def to_file_keys(tensors: dict[str, torch.Tensor], self_attention_names: list[str], empty) -> dict:
@@ -67,8 +91,35 @@ def from_file_keys(state: dict) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def deltas_to_file(weights: ConceptWeights) -> dict[str, torch.Tensor]:
+    """Keys of the compressed file: "<name>.up" and "<name>.down" for changes, "<name>" for whole parameters."""
+    state = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
+    for name, delta in weights.deltas.items():
+        state |= {f"{name}.up": delta.up.contiguous(), f"{name}.down": delta.down.contiguous()}
+    return state
+
+
+def deltas_from_file(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, LowRankDelta]]:
+    """Inverse of `deltas_to_file`: whole parameters, and changes. Raises ValueError if the keys do not pair up."""
+    deltas = {}
+    for key in [key for key in state if key.endswith(".up")]:
+        name = key.removesuffix(".up")
+        up, down = state.get(key), state.get(f"{name}.down")
+        if down is None or up.dim() != 2 or down.dim() != 2 or up.shape[1] != down.shape[0]:
+            raise ValueError(f"{key!r} has no fitting '{name}.down'")
+        deltas[name] = LowRankDelta(up, down)
+    rest = {key: value for key, value in state.items() if key.removesuffix(".up").removesuffix(".down") not in deltas}
+    if wrong := [key for key in [*deltas, *rest] if not re.fullmatch(r".+\.attn2\.to_.+\.(weight|bias)", key)]:
+        raise ValueError(f"{wrong[0]!r} is no key of compressed weights")
+    if not deltas:
+        raise ValueError("it has no compressed weights")
+    return rest, deltas
+
+
 def write_weights(folder: Path, weights: ConceptWeights, unet: UNet2DConditionModel, formats: tuple[str, ...]) -> None:
     """Write the weights, one file per token, and the settings into `folder`, each file whole or not at all.
+
+    Weights with deltas go into one compressed file instead.
 
     Args:
         unet: names the self-attentions.
@@ -81,11 +132,15 @@ def write_weights(folder: Path, weights: ConceptWeights, unet: UNet2DConditionMo
             save, empty = _save_safetensors, torch.zeros(0)
         else:
             save, empty = torch.save, {}
-        with whole_file(folder / f"{WEIGHTS_NAME}.{suffix}") as path:
-            save(to_file_keys(weights.tensors, self_attentions, empty), path)
+        if not weights.deltas:
+            with whole_file(folder / f"{WEIGHTS_NAME}.{suffix}") as path:
+                save(to_file_keys(weights.tensors, self_attentions, empty), path)
         for token, embedding in weights.tokens.items():
             with whole_file(folder / f"{token}.{suffix}") as path:
                 save({token: embedding.clone()}, path)  # a row of a table would bring the whole table along
+    if weights.deltas:
+        with whole_file(folder / DELTAS_NAME) as path:
+            _save_safetensors(deltas_to_file(weights), path)
     with whole_file(folder / CONFIG_NAME) as path:
         path.write_text(json.dumps(weights.config, indent=2) + "\n", encoding="utf-8")
 
@@ -158,11 +213,16 @@ def read_weights(path_or_hub_id: str | Path, **hub_options) -> ConceptWeights:
     folder = Path(path_or_hub_id)
     if not folder.is_dir():
         folder = _download(str(path_or_hub_id), **hub_options)
-    path = next((p for s in ("safetensors", "bin") if (p := folder / f"{WEIGHTS_NAME}.{s}").is_file()), None)
+    files = (f"{WEIGHTS_NAME}.safetensors", f"{WEIGHTS_NAME}.bin", DELTAS_NAME)
+    path = next((folder / name for name in files if (folder / name).is_file()), None)
     if path is None:
-        raise ValueError(f"'{folder}' has no {WEIGHTS_NAME}.safetensors or .bin; is it a trained folder?")
+        raise ValueError(f"'{folder}' has no {', '.join(files[:2])} or {DELTAS_NAME}; is it a trained folder?")
     try:
-        tensors = from_file_keys(_read_state(path))
+        state, deltas = _read_state(path), {}
+        if path.name == DELTAS_NAME:
+            tensors, deltas = deltas_from_file(state)
+        else:
+            tensors = from_file_keys(state)
     except ValueError as error:
         raise ValueError(f"'{path}' cannot be used: {error}") from None
     config = _read_config(folder / CONFIG_NAME)
@@ -178,7 +238,7 @@ def read_weights(path_or_hub_id: str | Path, **hub_options) -> ConceptWeights:
         if set(state) != {token} or not isinstance(state[token], torch.Tensor) or state[token].dim() != 1:
             raise ValueError(f"'{file}' cannot be used: it is not the embedding of {token!r}")
         tokens[token] = state[token]
-    return ConceptWeights(tensors, tokens, config)
+    return ConceptWeights(tensors, tokens, config, deltas)
 
 
 def _read_config(path):
@@ -212,9 +272,13 @@ def _download(hub_id, **hub_options):
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = [f"{WEIGHTS_NAME}.*", CONFIG_NAME, "<*>.*"]
+    wanted = [f"{WEIGHTS_NAME}.*", DELTAS_NAME, CONFIG_NAME, "<*>.*"]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=wanted, **hub_options))
+        folder = Path(snapshot_download(hub_id, allow_patterns=wanted, **hub_options))
+        tokens = _read_config(folder / CONFIG_NAME).get("modifier_tokens") or []
+        if others := [f"{glob.escape(token)}.*" for token in tokens if not re.fullmatch("<.*>", token)]:
+            snapshot_download(hub_id, allow_patterns=others, **hub_options)
+        return folder
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"'{hub_id}' is no folder, and no Hub repository that can be had ({_first_line(error)})"
@@ -261,11 +325,12 @@ def unload_custom_diffusion(pipe: DiffusionPipeline) -> None:
 
 
 def _put_in(pipe, weights):
-    parameters = {name: _parameter(pipe.unet, name) for name in weights.tensors}
+    parameters = {name: _parameter(pipe.unet, name) for name in weights.shapes()}
     base = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights.tensors[name])
+            delta = weights.deltas.get(name)
+            parameter.copy_(weights.tensors[name] if delta is None else base[name].float() + delta.matrix())
     if weights.tokens:
         pipe.load_textual_inversion([{t: e} for t, e in weights.tokens.items()], token=list(weights.tokens))
     pipe._custom_diffusion = _Loaded(base, list(weights.tokens))
@@ -301,16 +366,16 @@ def _check_fit(pipe, weights):
         if getattr(pipe, part, None) is None:
             raise ValueError(f"it has no {part}")
     attentions = set(cross_attention_names(pipe.unet))
-    named = {re.match(r".+\.attn2", name).group() for name in weights.tensors}
+    named = {re.match(r".+\.attn2", name).group() for name in weights.shapes()}
     if named != attentions:
         raise ValueError(
             f"the weights are for {len(named)} cross-attentions of another model, not these {len(attentions)}"
         )
-    for name, tensor in weights.tensors.items():
+    for name, given in weights.shapes().items():
         shape = _parameter(pipe.unet, name).shape
-        if tensor.shape != shape:
+        if given != shape:
             raise ValueError(
-                f"{name} is {tuple(tensor.shape)}, the model's is {tuple(shape)}; was it trained on another model?"
+                f"{name} is {tuple(given)}, the model's is {tuple(shape)}; was it trained on another model?"
             )
     width = pipe.text_encoder.get_input_embeddings().weight.shape[1]
     for token, embedding in weights.tokens.items():
