@@ -5,12 +5,13 @@ Imports nothing heavy: `--help` and a wrong flag answer within a second, and not
 
 import argparse
 import importlib.util
+import math
 import os
 import sys
 from pathlib import Path
 
-from custom_diffusion.checkpoint_names import find_checkpoint
-from custom_diffusion.concepts import Concept, concept_problems, concepts_from_args
+from custom_diffusion.checkpoint_names import find_checkpoint, list_checkpoints
+from custom_diffusion.concepts import Concept, concept_problems, concepts_from_args, folder_problems
 
 LR_SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}  # name -> module to install
@@ -40,6 +41,9 @@ NOT_NEGATIVE = [
     "adam_weight_decay",
 ]
 SHARES = ("adam_beta1", "adam_beta2")  # in [0, 1)
+MAY_BE_INFINITE = ("max_grad_norm",)  # no clipping
+LARGEST_SEED = 2**32 - 1  # NumPy's
+LONGEST_TOKEN = 200  # bytes; with a suffix it must be a file name, of which file systems allow 255
 
 
 class InputError(Exception):
@@ -51,8 +55,8 @@ class InputError(Exception):
 
 
 def exit_with_problems(program: str, problems) -> None:
-    """Print one line per problem (from the first process only) and exit with status 2."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    """Print one line per problem (from the first process of each machine only) and exit with status 2."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         for problem in problems:
             print(f"{program}: error: {problem}", file=sys.stderr)
     raise SystemExit(2)
@@ -86,22 +90,30 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
 
 def flag_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the flags themselves, one line each; empty when nothing is."""
-    problems = []
-    for name in POSITIVE:
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            problems.append(f"--{name}: {value} must be greater than 0")
-    for name in NOT_NEGATIVE:
-        if not getattr(args, name) >= 0:
-            problems.append(f"--{name}: {getattr(args, name)} must be 0 or more")
-    for name in SHARES:
-        if not 0 <= getattr(args, name) < 1:
-            problems.append(f"--{name}: {getattr(args, name)} must be at least 0 and less than 1")
+    problems = _number_problems(args)
     problems += _token_problems(args)
+    problems += _model_problems(args)
     problems += _library_problems(args)
+    problems += _hub_problems(args)
     problems += _output_problems(args)
     if args.real_prior and not args.with_prior_preservation:
         problems.append("--real_prior: needs --with_prior_preservation; add it, or leave --real_prior out")
+    return problems
+
+
+def _number_problems(args):
+    problems = []
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value) and name not in MAY_BE_INFINITE:
+            problems.append(f"--{name}: {value} must be a finite number")
+        elif name in POSITIVE and value is not None and not value > 0:
+            problems.append(f"--{name}: {value} must be greater than 0")
+        elif name in NOT_NEGATIVE and not value >= 0:
+            problems.append(f"--{name}: {value} must be 0 or more")
+        elif name in SHARES and not 0 <= value < 1:
+            problems.append(f"--{name}: {value} must be at least 0 and less than 1")
+    if args.seed > LARGEST_SEED:
+        problems.append(f"--seed: {args.seed} must be at most {LARGEST_SEED}")
     return problems
 
 
@@ -113,10 +125,14 @@ def _token_problems(args):
     for token in tokens:
         if not token or any(c.isspace() or not c.isprintable() for c in token):
             problems.append(f"--modifier_token: {token!r} is empty or has white space; write for example '<new1>'")
-        elif any(c in token for c in "/\\") or token.startswith("."):
+        elif any(c in token for c in "/\\") or token.startswith(".") or len(token.encode()) > LONGEST_TOKEN:
             problems.append(f"--modifier_token: {token!r} cannot be a file name; write for example '<new1>'")
     for token in sorted({t for t in tokens if tokens.count(t) > 1}):
         problems.append(f"--modifier_token: {token!r} is given more than once; each concept needs a token of its own")
+    for token in tokens:
+        # The tokenizer takes the longest token that fits, and the shorter one would never be learned.
+        if longer := [t for t in tokens if token and token in t and t != token]:
+            problems.append(f"--modifier_token: {token!r} is part of {longer[0]!r}; write for example '<new1>+<new2>'")
     initializers = args.initializer_token.split("+")
     if len(initializers) < len(tokens):
         problems.append(
@@ -129,12 +145,31 @@ def _token_problems(args):
     return problems
 
 
+def _model_problems(args):
+    """What can be seen of the model at once, without asking the Hub."""
+    flag, name = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
+    path = Path(name).expanduser()
+    if not name.strip():
+        return [f"{flag}: is empty; give a folder with model_index.json or a Hub id"]
+    if path.is_file():
+        return [
+            f"{flag}: '{name}' is a file; give a folder in the diffusers layout, with model_index.json, or a Hub id"
+        ]
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        return [f"{flag}: '{name}' is not a diffusers model, it has no model_index.json; give its folder or a Hub id"]
+    if not path.exists() and name.startswith(("/", ".", "~")):
+        return [f"{flag}: folder '{name}' does not exist; give a folder with model_index.json or a Hub id"]
+    return []
+
+
 def _library_problems(args):
     problems = []
 
     def needs(flag, module):
         if importlib.util.find_spec(module) is None:
-            problems.append(f"{flag}: the package {module!r} is not installed; run `pip install {module}`")
+            problems.append(
+                f"{flag}: the package {module!r} is not installed; run `pip install {module}`, or leave it out"
+            )
 
     if args.report_to in TRACKERS:
         needs(f"--report_to {args.report_to}", TRACKERS[args.report_to])
@@ -142,6 +177,11 @@ def _library_problems(args):
         needs("--enable_xformers_memory_efficient_attention", "xformers")
     if args.use_8bit_adam:
         needs("--use_8bit_adam", "bitsandbytes")
+    return problems
+
+
+def _hub_problems(args):
+    problems = []
     if args.hub_token is not None and args.report_to in ("wandb", "all"):
         problems.append(
             "--hub_token: with --report_to wandb the token would be stored in the run's public configuration; "
@@ -149,25 +189,31 @@ def _library_problems(args):
         )
     if args.push_to_hub:
         from huggingface_hub import get_token
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
 
         if not (args.hub_token or get_token()):
             problems.append("--push_to_hub: not logged in to the Hub; run `hf auth login` first, or give --hub_token")
+        repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError:
+            problems.append(f"--hub_model_id: {repo_id!r} cannot be a repository; write 'name' or 'user/name'")
     return problems
 
 
 def _output_problems(args):
-    problems = []
+    if not args.output_dir.strip():
+        return ["--output_dir: is empty; name a folder"]
     output_dir = Path(args.output_dir)
-    parent = next(p for p in [output_dir, *output_dir.absolute().parents] if p.exists())
-    if not parent.is_dir():
-        problems.append(f"--output_dir: '{parent}' is a file; name a folder")
-    elif not os.access(parent, os.W_OK | os.X_OK):
-        problems.append(f"--output_dir: cannot write to '{parent}'; choose another folder or change its permissions")
+    problems = folder_problems("--output_dir", output_dir)
+    if not problems:
+        problems = folder_problems("--logging_dir", output_dir / args.logging_dir)
     name = args.resume_from_checkpoint
-    if name and name != "latest" and find_checkpoint(output_dir, name) is None:
-        there = ", ".join(sorted(p.name for p in output_dir.glob("checkpoint-*"))) or "none"
+    if name is not None and name != "latest" and find_checkpoint(output_dir, name) is None:
+        there = ", ".join(p.name for p in list_checkpoints(output_dir)) or "none"
         problems.append(
-            f"--resume_from_checkpoint: no checkpoint '{name}' in '{output_dir}' (there: {there}); "
+            f"--resume_from_checkpoint: no checkpoint {name!r} in '{output_dir}' (there: {there}); "
             "name one of these, or 'latest'"
         )
     return problems

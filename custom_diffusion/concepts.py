@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shlex
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +48,7 @@ def concepts_from_args(args: argparse.Namespace) -> tuple[list[Concept], list[st
     else:
         try:
             entries = _read_concepts_list(Path(args.concepts_list))
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             return [], [f"--concepts_list: {error}"]
     concepts, problems = [], []
     for source, entry in entries:
@@ -69,7 +70,10 @@ def concepts_from_args(args: argparse.Namespace) -> tuple[list[Concept], list[st
                 source=source,
             )
         )
-    return concepts, problems + _prompt_problems(args, concepts)
+    return concepts, problems + _prompt_problems(args, concepts) + _sharing_problems(args, concepts)
+
+
+_WANTED_LIST = f"must be a list of concepts like [{{{', '.join(CONCEPT_KEYS)}}}]"
 
 
 def _folder(name):
@@ -77,14 +81,21 @@ def _folder(name):
 
 
 def _read_concepts_list(path):
-    """The file's entries, each with "file, line N" of where it starts."""
-    text = path.read_text(encoding="utf-8")
+    """The file's entries, each with "file, line N" of where it starts. Raises ValueError for a malformed file."""
     try:
+        text = path.read_text(encoding="utf-8-sig")
         entries = json.loads(text)
+    except OSError as error:
+        raise ValueError(f"'{path}' cannot be read ({error.strerror}); name a JSON file") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"'{path}', line {line}: is not UTF-8 text; save it as UTF-8") from None
+    except RecursionError:
+        raise ValueError(f"'{path}': nested too deep; {_WANTED_LIST}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"'{path}', line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})") from None
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"'{path}', line 1: must be a list of concepts like [{{{', '.join(CONCEPT_KEYS)}}}]")
+        raise ValueError(f"'{path}', line 1: {_WANTED_LIST}")
     decoder, position, located = json.JSONDecoder(), text.index("[") + 1, []
     for number, entry in enumerate(entries, start=1):
         position = re.compile(r"[\s,]*").match(text, position).end()
@@ -102,16 +113,40 @@ def _prompt_problems(args, concepts):
     """Every modifier token must stand in some prompt, and every prompt must hold one."""
     problems = []
     tokens = args.modifier_token.split("+") if args.modifier_token else []
-    for concept in concepts:
-        if tokens and concept.instance_prompt and not any(t in concept.instance_prompt for t in tokens):
+    prompts = [(concept.name("instance_prompt"), concept.instance_prompt) for concept in concepts]
+    for name, prompt in prompts:
+        if tokens and prompt.strip() and not any(token in prompt for token in tokens):
             problems.append(
-                f"{concept.name('instance_prompt')}: {concept.instance_prompt!r} has none of the modifier tokens "
+                f"{name}: {prompt!r} has none of the modifier tokens "
                 f"{', '.join(tokens)}; write for example 'photo of a {tokens[0]} cat'"
             )
     for token in tokens:
-        if concepts and not any(token in c.instance_prompt for c in concepts):
+        if concepts and not any(token in prompt for _, prompt in prompts):
             problems.append(
                 f"--modifier_token: no instance prompt has {token!r}; add it to one, or leave the token out"
+            )
+    for name, prompt in [*prompts, ("--validation_prompt", args.validation_prompt or "")]:
+        for word in re.findall(r"<[\w-]+>", prompt):
+            if not any(word in token for token in tokens):
+                problems.append(f"{name}: {word!r} is not one of the modifier tokens; add it to --modifier_token")
+    return problems
+
+
+def _sharing_problems(args, concepts):
+    """Generated class images must not land among photos, nor among those of another class."""
+    if not args.with_prior_preservation or args.real_prior:
+        return []
+    problems, prompt_of = [], {}
+    photo_folders = {c.instance_data_dir.resolve() for c in concepts if c.instance_data_dir}
+    for concept in concepts:
+        if concept.class_data_dir is None:
+            continue
+        name, folder = concept.name("class_data_dir"), concept.class_data_dir.resolve()
+        if folder in photo_folders:
+            problems.append(f"{name}: '{concept.class_data_dir}' holds photos; name another folder for class images")
+        if prompt_of.setdefault(folder, concept.class_prompt) != concept.class_prompt:
+            problems.append(
+                f"{name}: '{concept.class_data_dir}' is also for class {prompt_of[folder]!r}; give each class a folder"
             )
     return problems
 
@@ -135,15 +170,26 @@ def _looks_like_picture(path):
 
 def concept_problems(concept: Concept, args: argparse.Namespace) -> list[str]:
     """What is wrong with a concept's folders and pictures, one line each. Decodes every picture."""
-    problems = _photo_problems(concept) if concept.instance_data_dir else []
+    checks = []
+    if concept.instance_data_dir:
+        checks.append(("instance_data_dir", _photo_problems))
     if args.with_prior_preservation and concept.class_data_dir:
-        problems += _real_prior_problems(concept, args) if args.real_prior else _generated_prior_problems(concept)
+        checks.append(("class_data_dir", _real_prior_problems if args.real_prior else _generated_prior_problems))
+    problems = []
+    for key, check in checks:
+        name, folder = concept.name(key), getattr(concept, key)
+        try:
+            if folder.exists() and not folder.is_dir():
+                problems.append(f"{name}: '{folder}' is a file; name a folder")
+            else:
+                problems += check(concept, name, folder, args)
+        except OSError as error:  # above all, no permission
+            problems.append(f"{name}: cannot read '{error.filename or folder}' ({error.strerror}); name another folder")
     return problems
 
 
-def _photo_problems(concept):
-    name, folder = concept.name("instance_data_dir"), concept.instance_data_dir
-    if not folder.is_dir():
+def _photo_problems(concept, name, folder, _):
+    if not folder.exists():
         return [f"{name}: folder '{folder}' does not exist; put the photos of the concept there"]
     photos = concept.photos()
     if not photos:
@@ -151,23 +197,31 @@ def _photo_problems(concept):
     return _decode_problems(name, photos)
 
 
-def _real_prior_problems(concept, args):
-    name, folder = concept.name("class_data_dir"), concept.class_data_dir
+def _real_prior_problems(concept, name, folder, args):
     try:
         rows = read_class_folder(folder)
     except ValueError as error:
-        return [f"{name}: {error}; run: {retrieve_command(concept, args)}"]
+        return [f"{name}: {error} ({retrieve_command(concept, args)})"]
     if len(rows) < args.num_class_images:
         command = retrieve_command(concept, args)
         return [f"{name}: '{folder}' has {len(rows)} of {args.num_class_images} class images; run: {command}"]
     return _decode_problems(name, [path for path, _ in rows[: args.num_class_images]])
 
 
-def _generated_prior_problems(concept):
-    folder = concept.class_data_dir
-    if folder.exists() and not folder.is_dir():
-        return [f"{concept.name('class_data_dir')}: '{folder}' is a file; name a folder for the class images"]
-    return _decode_problems(concept.name("class_data_dir"), find_pictures(folder) if folder.is_dir() else [])
+def _generated_prior_problems(_, name, folder, args):
+    existing = find_pictures(folder) if folder.exists() else []
+    problems = folder_problems(name, folder) if len(existing) < args.num_class_images else []
+    return problems + _decode_problems(name, existing)
+
+
+def folder_problems(name: str, folder: Path) -> list[str]:
+    """Why nothing can be written to `folder`, which need not exist yet."""
+    there = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    if not there.is_dir():
+        return [f"{name}: '{there}' is a file; name a folder"]
+    if not os.access(there, os.W_OK | os.X_OK):
+        return [f"{name}: cannot write to '{there}'; choose another folder or change its permissions"]
+    return []
 
 
 def retrieve_command(concept: Concept, args: argparse.Namespace) -> str:
@@ -180,12 +234,12 @@ def retrieve_command(concept: Concept, args: argparse.Namespace) -> str:
 
 def _decode_problems(name, pictures):
     """A line for each picture that does not decode to its last pixel."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     def problem(path):
         try:
             with Image.open(path) as image:
-                image.load()
+                ImageOps.exif_transpose(image).convert("RGB")  # as in training
         except Exception as error:  # as above: Pillow raises many types, and all mean the same here
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             return f"{name}: cannot read picture '{path}' ({reason}); replace it, or save it as JPEG or PNG"
