@@ -1,0 +1,221 @@
+"""Sharing, with the real huggingface_hub client against a Hub on this machine: there and back."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+from hub_server import READ_TOKEN, TOKEN, HubServer
+from launch import PLAIN, ROOT, run_ok
+from tiny import make_model, make_pictures
+
+from custom_diffusion import hub
+from custom_diffusion.args import InputError
+
+CONFIG = {
+    "base_model": "tester/base",
+    "freeze_model": "crossattn_kv",
+    "modifier_tokens": ["<new1>", "<new2>"],
+    "concepts": [
+        {"instance_prompt": "photo of a <new1> cat", "class_prompt": "cat"},
+        {"instance_prompt": "photo of a <new2> wooden pot", "class_prompt": "wooden pot"},
+    ],
+    "steps": 7,
+    "versions": {"torch": "2.13.0"},
+}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def base(server, tmp_path_factory):
+    """A base model with a license, on the Hub as tester/base."""
+    folder = make_model(tmp_path_factory.mktemp("base"))
+    (folder / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n")
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    server.repositories["tester/base"] = files
+    return folder
+
+
+@pytest.fixture
+def local_hub(server, monkeypatch):
+    """This process's client talks to the local Hub too."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield server
+    server.refuse = None
+
+
+@pytest.fixture(scope="module")
+def pushed(server, base, tmp_path_factory):
+    """A run with --push_to_hub on a base model from the Hub: its working folder and what it printed."""
+    root = tmp_path_factory.mktemp("pushed")
+    make_pictures(root / "cat", 3)
+    arguments = {
+        "pretrained_model_name_or_path": "tester/base",
+        "instance_data_dir": "cat",
+        "instance_prompt": "photo of a <new1> cat",
+        "modifier_token": "<new1>",
+        "output_dir": "my-cat",
+        "resolution": 64,
+        "train_batch_size": 1,
+        "max_train_steps": 3,
+        "checkpointing_steps": 2,
+        "learning_rate": 1e-2,
+        "dataloader_num_workers": 0,
+        "validation_prompt": "<new1> cat in a bucket",
+        "num_validation_images": 1,
+        "push_to_hub": True,
+        "hub_token": TOKEN,
+    }
+    environment = server.environment(root / "cache", token=None) | {"HF_HUB_OFFLINE": "0"}
+    return root, run_ok(PLAIN, arguments, root, env=environment)
+
+
+def in_client(server, cache, code, **popen):
+    """Run code in a fresh process whose huggingface_hub knows the local Hub only."""
+    environment = {**os.environ, **server.environment(cache), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0"}
+    command = code if isinstance(code, list) else [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **popen)
+
+
+def test_exactly_what_others_need_is_uploaded(server, pushed):
+    root, output = pushed
+    files = server.repositories["tester/my-cat"]
+    weights = "pytorch_custom_diffusion_weights"
+    assert set(files) == {
+        f"{weights}.safetensors", f"{weights}.bin", "<new1>.safetensors", "<new1>.bin", "custom_diffusion_config.json",
+        "README.md", "samples/step-000000-0.png", "samples/final-0.png",
+    }  # fmt: skip
+    assert (root / "my-cat" / "checkpoint-2").is_dir()
+    for name, content in files.items():
+        assert content == (root / "my-cat" / name).read_bytes()
+    assert "Uploaded to" in output
+
+
+def test_the_repository_is_made_before_training_and_written_after(server, pushed):
+    calls = [path for _, path in server.requests]
+    weights = (i for i, path in enumerate(calls) if path.endswith("/unet/diffusion_pytorch_model.safetensors"))
+    assert calls.index("/api/repos/create") < next(weights) < calls.index("/api/models/tester/my-cat/commit/main")
+
+
+def test_card_says_what_it_is_and_never_the_token(server, pushed):
+    card = server.repositories["tester/my-cat"]["README.md"].decode()
+    assert TOKEN not in card and "hub_token" not in card
+    assert "base_model: tester/base" in card and "license: creativeml-openrail-m" in card
+    assert "- custom-diffusion\n" in card and "- diffusers-training\n" in card
+    assert "photo of a <new1> cat" in card and "![](samples/final-0.png)\n\n`<new1> cat in a bucket`" in card
+    assert "--learning_rate=0.01" in card and f"torch {torch.__version__}" in card
+    assert "step-000000" not in card
+
+
+def test_card_validates_and_draws_what_the_folder_draws(server, pushed, tmp_path):
+    root, _ = pushed
+    code = f"""
+import re, numpy
+from huggingface_hub import RepoCard
+card = RepoCard.load("tester/my-cat")
+card.validate()
+ours, plain = re.findall("```python\\n(.*?)```", card.text, re.S)
+ours = ours.replace("torch.float16", "torch.float32").replace("'cuda'", "'cpu'").replace("=100", "=3")
+ours = ours.replace("guidance_scale", "generator=torch.Generator().manual_seed(0), output_type='np', guidance_scale")
+names = {{}}
+exec(ours, names)
+by_id = names["image"]
+exec(ours.replace("load_custom_diffusion(pipe, 'tester/my-cat')", "load_custom_diffusion(pipe, {str(root / "my-cat")!r})"), names)
+assert numpy.array_equal(by_id, names["image"])
+exec(ours.replace("load_custom_diffusion(pipe, 'tester/my-cat')", plain), names)
+print("plain", abs(by_id - names["image"]).max() * 255)
+exec(ours.replace("load_custom_diffusion(pipe, 'tester/my-cat')", ""), names)
+print("base", abs(by_id - names["image"]).max() * 255)
+assert card.data.base_model == "tester/base"
+"""
+    result = in_client(server, tmp_path / "cache", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    plain, base = (float(line.split()[1]) for line in result.stdout.splitlines())
+    assert plain < 1 < base  # diffusers' own loader agrees to a grey level; without the weights it is another picture
+
+
+def make_trained_folder(folder):
+    from custom_diffusion.weights import ConceptWeights, write_weights
+
+    names = [f"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_{p}.weight" for p in "kv"]
+    tokens = {token: torch.ones(32) for token in CONFIG["modifier_tokens"]}
+    unet = Namespace(attn_processors={})
+    write_weights(folder, ConceptWeights({n: torch.ones(32, 32) for n in names}, tokens, CONFIG), unet, ("bin",))
+
+
+def test_failed_upload_loses_nothing_and_the_printed_command_repeats_it(local_hub, tmp_path, capsys):
+    make_trained_folder(tmp_path / "my-pot")
+    local_hub.refuse = "/commit/"
+    repo_id = hub.make_repository("my-pot", None)
+    args = Namespace(validation_prompt=None, hub_token=None)
+    assert hub.share(args, tmp_path / "my-pot", repo_id, CONFIG, []) is False
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and len(re.findall("^warning: ", error, re.MULTILINE)) == 1
+    command = shlex.split(re.search(r"To upload it later: (.+)", error).group(1))
+    assert local_hub.repositories["tester/my-pot"] == {}
+    local_hub.refuse = None
+    assert command[:3] == ["python", "-m", "custom_diffusion.hub"]
+    hub.main(hub.parse_args(command[3:]))
+    assert {"<new1>.bin", "<new2>.bin", "README.md"} < set(local_hub.repositories["tester/my-pot"])
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "expected"),
+    [
+        ("my-cat", "hf_wrong", "does not accept the login"),
+        ("my-cat", READ_TOKEN, "no right to write"),
+        ("somebody/cat", TOKEN, "no right to write"),
+        ("my cat", TOKEN, "--hub_model_id"),
+    ],
+)
+def test_a_repository_that_cannot_be_written_is_refused_in_one_line(local_hub, name, token, expected):
+    local_hub.repositories["somebody/cat"] = {}
+    with pytest.raises(InputError, match=expected) as raised:
+        hub.make_repository(name, token)
+    assert len(raised.value.problems) == 1 and "\n" not in raised.value.problems[0]
+
+
+def test_unreachable_hub_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(InputError, match="--push_to_hub: cannot reach the Hub at http://127.0.0.1:9") as raised:
+        hub.make_repository("my-cat", TOKEN)
+    assert "\n" not in str(raised.value)
+
+
+def test_local_base_model_is_left_out_where_the_hub_refuses_it(local_hub, tmp_path, capsys):
+    card = hub.model_card("tester/x", CONFIG | {"base_model": str(tmp_path)}, [])
+    assert card.data.base_model == str(tmp_path)
+    hub.write_card(tmp_path, card)
+    assert "base_model" in capsys.readouterr().err
+    assert "base_model:" not in (tmp_path / "README.md").read_text().split("---")[1]
+
+
+def test_card_names_every_concept():
+    card = str(hub.model_card("tester/x", CONFIG, [("samples/final-0.png", "<new1> cat")]))
+    assert "| `photo of a <new1> cat` | `<new1>` |\n| `photo of a <new2> wooden pot` | `<new2>` |" in card
+    assert "weight_name='<new1>.bin'" in card and "weight_name='<new2>.bin'" in card
+
+
+@pytest.mark.parametrize("given", [["--hub_token", "hf_x"], ["--hub_token=hf_x"], ["--hub_t", "hf_x"], []])
+def test_training_command_keeps_everything_but_the_token(given, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    argv = ["train_custom_diffusion.py", "--instance_prompt", "photo of a <new1> cat", *given, "--hub_model_id", "a/b"]
+    expected = "python train_custom_diffusion.py --instance_prompt 'photo of a <new1> cat' --hub_model_id a/b"
+    assert hub.training_command(argv) == expected
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    launcher = "accelerate launch --mixed_precision fp16 --num_processes 2"
+    assert hub.training_command(argv) == expected.replace("python", launcher)
