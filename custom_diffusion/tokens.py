@@ -21,15 +21,16 @@ class TokenEmbedding(nn.Module):
     def __init__(self, base: nn.Embedding, first_id: int, modifier_rows: torch.Tensor):
         super().__init__()
         self.base = base.requires_grad_(False)  # first: the encoder's dtype is read from its first parameter
-        self.modifier_rows = nn.Parameter(modifier_rows.detach().clone().float())
+        self.modifiers = nn.Embedding.from_pretrained(modifier_rows.detach().clone().float(), freeze=False)
         self.first_id = first_id
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(B, T) int64 -> (B, T, dim) in the frozen embedding's dtype."""
         row = input_ids - self.first_id
-        is_modifier = (row >= 0) & (row < len(self.modifier_rows))
+        num_modifiers = self.modifiers.num_embeddings
+        is_modifier = (row >= 0) & (row < num_modifiers)
         frozen = self.base(input_ids.masked_fill(is_modifier, 0))
-        learned = self.modifier_rows.to(frozen.dtype)[row.clamp(0, len(self.modifier_rows) - 1)]
+        learned = self.modifiers(row.clamp(0, num_modifiers - 1)).to(frozen.dtype)
         return torch.where(is_modifier.unsqueeze(-1), learned, frozen)
 
 
@@ -93,4 +94,4 @@ def remove_modifier_tokens(text_encoder: CLIPTextModel) -> None:
 def modifier_embeddings(text_encoder: CLIPTextModel) -> torch.Tensor | None:
     """(num_modifiers, dim) trained rows, or None without modifier tokens."""
     embedding = text_encoder.get_input_embeddings()
-    return embedding.modifier_rows if isinstance(embedding, TokenEmbedding) else None
+    return embedding.modifiers.weight if isinstance(embedding, TokenEmbedding) else None

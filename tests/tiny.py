@@ -32,21 +32,21 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder, model_max_length=16)
 
 
-def make_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+def make_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0, width: int = 32) -> Path:
     """A random model of SD's architecture: 64 px, latents 16 x 16, six attentions, all in the diffusers layout."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(folder / "tokenizer")
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=16, projection_dim=32, bos_token_id=tokenizer.bos_token_id,
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=16, projection_dim=width, bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
     unet = UNet2DConditionModel(
         sample_size=16, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8,
+        cross_attention_dim=width, attention_head_dim=4, norm_num_groups=8,
     )  # fmt: skip
     vae = AutoencoderKL(
         block_out_channels=(16, 16, 32), down_block_types=("DownEncoderBlock2D",) * 3,

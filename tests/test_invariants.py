@@ -1,0 +1,189 @@
+"""What may change in a training step, in which precision, and that what is saved is what was trained."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+from test_objective import PAIRS
+from tiny import WORDS
+
+from custom_diffusion import load_custom_diffusion
+from custom_diffusion.attention import install_trained_projections, trained_tensors
+from custom_diffusion.models import ConceptModel, ModelSource, cast_frozen, load_models, load_tokenizer
+from custom_diffusion.objective import custom_diffusion_loss
+from custom_diffusion.readback import read_back
+from custom_diffusion.sampling import Sampler
+from custom_diffusion.tokens import add_modifier_tokens, modifier_embeddings, token_problems
+from custom_diffusion.weights import ConceptWeights, write_weights
+
+PROMPTS = ["photo of a <new1> cat", "a <new2> pot", "photo of a cat", "a pot"]
+
+
+def make_concept_model(model, freeze_model="crossattn_kv", pairs=PAIRS, dtype=torch.float32):
+    source = ModelSource(str(model))
+    unet, text_encoder, vae = load_models(source, dtype)
+    tokenizer = load_tokenizer(source)
+    plain_tokenizer = copy.deepcopy(tokenizer)
+    install_trained_projections(unet, freeze_model)
+    add_modifier_tokens(tokenizer, text_encoder, pairs)
+    cast_frozen(unet, dtype)
+    cast_frozen(text_encoder, dtype)
+    return ConceptModel(unet, text_encoder, tokenizer, [token for token, _ in pairs]), plain_tokenizer, vae
+
+
+def step(concept_model, prompts=PROMPTS, learning_rate=1e-2):
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(len(prompts), 4, 16, 16, generator=generator) for _ in range(2))
+    optimizer = torch.optim.AdamW(concept_model.trained_parameters(), lr=learning_rate, fused=True)
+    pred = concept_model(latents, torch.tensor([100, 300, 500, 900])[: len(prompts)], prompts)
+    mask = torch.ones(len(prompts) // 2 or 1, 1, 16, 16)
+    custom_diffusion_loss(pred, noise, mask, 1.0)[0].backward()
+    optimizer.step()
+
+
+def write(folder, concept_model, pairs=PAIRS):
+    tensors, rows = concept_model.trained_tensors()
+    tokens = {token: row for (token, _), row in zip(pairs, rows)}
+    config = {"modifier_tokens": list(tokens)}
+    write_weights(folder, ConceptWeights(tensors, tokens, config), concept_model.unet, ("safetensors", "bin"))
+
+
+@pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])
+def test_a_step_changes_the_trained_parameters_and_nothing_else(tiny_model, freeze_model):
+    concept_model, _, vae = make_concept_model(tiny_model, freeze_model)
+    before = {name: p.detach().clone() for name, p in concept_model.named_parameters()}
+    encoder = {name: p.detach().clone() for name, p in vae.named_parameters()}
+    step(concept_model)
+    kv = ("attn2.to_k.weight", "attn2.to_v.weight")
+    trained = (
+        kv
+        if freeze_model == "crossattn_kv"
+        else (*kv, "attn2.to_q.weight", "attn2.to_out.0.weight", "attn2.to_out.0.bias")
+    )
+    for name, parameter in concept_model.named_parameters():
+        if name.endswith((*trained, "modifiers.weight")):
+            assert not torch.equal(parameter, before[name]), name
+        else:
+            assert torch.equal(parameter, before[name]), name
+    for name, parameter in vae.named_parameters():
+        assert torch.equal(parameter, encoder[name])
+
+
+def test_modifier_rows_start_from_their_initializers(tiny_model):
+    concept_model, tokenizer, _ = make_concept_model(tiny_model)
+    table = concept_model.text_encoder.get_input_embeddings().base.weight
+    ids = tokenizer.convert_tokens_to_ids(["ktn</w>", "pll</w>"])
+    assert torch.equal(modifier_embeddings(concept_model.text_encoder), table[ids])
+    assert len(table) == len(tokenizer)
+    # Before any step, a modifier token reads as its initializer.
+    features = concept_model.encode_prompts(["photo of a <new1> cat", "photo of a ktn cat"])
+    assert torch.equal(features[0], features[1])
+
+
+def test_no_gradient_through_the_start_token(tiny_model):
+    concept_model, _, _ = make_concept_model(tiny_model, pairs=[])
+    layer = next(m for m in concept_model.unet.modules() if getattr(m, "detach_start_token", False))
+    x = torch.randn(2, 5, layer.in_features, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad[:, 0].abs().max() == 0
+    assert x.grad[:, 1:].abs().min() > 0
+    assert torch.allclose(layer.weight.grad[0], x[:, 1:].sum(dim=(0, 1)), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masters_are_fp32_copies_of_fp32_weights(tiny_model, dtype):
+    concept_model, _, vae = make_concept_model(tiny_model, "crossattn_kv", dtype=dtype)
+    full = DiffusionPipeline.from_pretrained(tiny_model)
+    for name, parameter in trained_tensors(concept_model.unet).items():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, full.unet.get_parameter(name))
+    rows = modifier_embeddings(concept_model.text_encoder)
+    ids = full.tokenizer.convert_tokens_to_ids(["ktn</w>", "pll</w>"])
+    assert torch.equal(rows, full.text_encoder.get_input_embeddings().weight[ids])
+    frozen = [*concept_model.parameters(), *vae.parameters()]
+    assert {p.dtype for p in frozen if not p.requires_grad} == {dtype}
+    assert concept_model.text_encoder.dtype == dtype
+
+
+def test_bfloat16_trains_close_to_float32(tiny_model):
+    changes = []
+    for dtype in (torch.float32, torch.bfloat16):
+        concept_model, _, _ = make_concept_model(tiny_model, "crossattn", dtype=dtype)
+        latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        pred = concept_model(latents, torch.tensor([100, 700]), PROMPTS[:2])
+        assert pred.dtype == dtype
+        custom_diffusion_loss(pred, latents, torch.ones(2, 1, 16, 16), 1.0)[0].backward()
+        changes.append(torch.cat([p.grad.flatten() for p in concept_model.trained_parameters()]))
+    assert changes[1].dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(*changes, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])
+def test_a_fresh_pipeline_predicts_what_was_trained(tmp_path, tiny_model, freeze_model):
+    concept_model, _, _ = make_concept_model(tiny_model, freeze_model)
+    step(concept_model)
+    write(tmp_path, concept_model)
+    fresh = DiffusionPipeline.from_pretrained(tiny_model)
+    load_custom_diffusion(fresh, tmp_path)
+    latents = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    timesteps = torch.tensor([1, 300, 600, 999])
+    with torch.no_grad():
+        trained = concept_model(latents, timesteps, PROMPTS)
+        ids = fresh.tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        loaded = fresh.unet(latents, timesteps, fresh.text_encoder(ids)[0]).sample
+    assert (trained - loaded).abs().max() <= 1e-5 * trained.abs().max()
+
+
+def read_back_of(tmp_path, tiny_model, concept_model, tokenizer):
+    scheduler = DDPMScheduler.from_pretrained(tiny_model, subfolder="scheduler")
+    sampler = Sampler(
+        ModelSource(str(tiny_model)), scheduler, prompt=None, num_images=2, size=64, seed=0, dtype=torch.float32,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    return read_back(
+        tmp_path, concept_model, sampler.pipeline, tokenizer, prompt=PROMPTS[0], latent_shape=(1, 4, 16, 16)
+    )
+
+
+def test_read_back_notices_wrong_weights(tmp_path, tiny_model):
+    concept_model, tokenizer, _ = make_concept_model(tiny_model)
+    step(concept_model)
+    write(tmp_path, concept_model)
+    step(concept_model)  # the folder is now a step behind
+    with pytest.raises(RuntimeError, match="do not predict what was trained"):
+        read_back_of(tmp_path, tiny_model, concept_model, tokenizer)
+
+
+def test_read_back_returns_the_loaded_pipeline(tmp_path, tiny_model):
+    concept_model, tokenizer, _ = make_concept_model(tiny_model, "crossattn")
+    step(concept_model)
+    write(tmp_path, concept_model)
+    expected = {name: p.detach().clone() for name, p in trained_tensors(concept_model.unet).items()}
+    pipeline = read_back_of(tmp_path, tiny_model, concept_model, tokenizer)
+    for name, tensor in expected.items():
+        assert torch.equal(pipeline.unet.get_parameter(name), tensor)
+    assert "<new1>" in pipeline.tokenizer.get_vocab()
+
+
+def test_class_prompts_are_encoded_once(tiny_model):
+    concept_model, _, _ = make_concept_model(tiny_model)
+    calls = []
+    concept_model.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    first = concept_model.encode_prompts(PROMPTS)
+    assert len(calls) == 3  # the prompts with modifier tokens together, and each of the others
+    second = concept_model.encode_prompts(PROMPTS)
+    assert len(calls) == 4
+    assert torch.equal(first, second)
+    assert not concept_model.constant_features["a pot"].requires_grad
+
+
+def test_tokenizer_checks(tiny_model):
+    tokenizer = load_tokenizer(ModelSource(str(tiny_model)))
+    size = len(tokenizer)
+    assert token_problems(tokenizer, PAIRS, PROMPTS[:2]) == []
+    assert "already has 'cat</w>'" in token_problems(tokenizer, [("cat</w>", "ktn")], [])[0]
+    assert "'tree' is 4 tokens" in token_problems(tokenizer, [("<new1>", "tree")], [])[0]
+    long_prompt = " ".join(WORDS[:12]) + " <new1>"
+    assert "cut off" in token_problems(tokenizer, PAIRS[:1], [long_prompt])[0]
+    assert len(tokenizer) == size

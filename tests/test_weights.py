@@ -1,0 +1,270 @@
+"""The trained folder in real pipelines: ours and diffusers' loader, half precision, offloading, LoRA, undoing."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from tiny import make_model
+
+from custom_diffusion import load_custom_diffusion, unload_custom_diffusion
+from custom_diffusion.attention import TRAINED_PROJECTIONS, cross_attention_names
+from custom_diffusion.weights import WEIGHTS_NAME, ConceptWeights, read_weights, write_weights
+
+PROMPT = "photo of a <new1> cat"
+
+
+def make_concept(folder, model, freeze_model="crossattn_kv", tokens=("<new1>",), seed=0):
+    """A folder as training writes it, with weights a little off the model's."""
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: p.detach() + 0.2 * p.std() * torch.randn(p.shape, generator=generator)
+        for name, p in unet.named_parameters()
+        if any(f"attn2.{projection}." in name for projection in TRAINED_PROJECTIONS[freeze_model])
+    }
+    embeddings = {token: 20 * torch.randn(32, generator=generator) for token in tokens}
+    config = {"base_model": str(model), "modifier_tokens": list(tokens)}
+    write_weights(folder, ConceptWeights(tensors, embeddings, config), unet, ("safetensors", "bin"))
+    return folder
+
+
+def make_pipeline(model, dtype=torch.float32):
+    pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline, prompt=PROMPT):
+    """(64, 64, 3) float in [0, 255]."""
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": 2, "guidance_scale": 6.0, "height": 64, "width": 64, "output_type": "np"}
+    return 255 * pipeline(prompt, generator=generator, **options).images[0]
+
+
+def state_of(pipeline):
+    parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+    return {f"{part}.{n}": t.clone() for part, module in parts.items() for n, t in module.state_dict().items()}
+
+
+def assert_same_state(state, other):
+    assert state.keys() == other.keys()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.fixture(scope="module")
+def concept(tmp_path_factory, tiny_model):
+    return make_concept(tmp_path_factory.mktemp("concept") / "kv", tiny_model)
+
+
+@pytest.fixture(scope="module")
+def full_concept(tmp_path_factory, tiny_model):
+    """All of the cross-attention, two tokens."""
+    folder = tmp_path_factory.mktemp("concept") / "full"
+    return make_concept(folder, tiny_model, "crossattn", ("<new1>", "<new2>"), seed=1)
+
+
+def test_files_are_small_and_have_the_format(concept):
+    state = torch.load(concept / f"{WEIGHTS_NAME}.bin", weights_only=True)
+    safe = safetensors.torch.load_file(concept / f"{WEIGHTS_NAME}.safetensors")
+    assert state.keys() == safe.keys()
+    assert sum(len(value) == 0 for value in state.values()) == 4  # one for each self-attention
+    for key, value in state.items():
+        if key.endswith("attn1.processor"):
+            assert value == {}
+            assert len(safe[key]) == 0
+        else:
+            assert key.endswith(
+                ("attn2.processor.to_k_custom_diffusion.weight", "attn2.processor.to_v_custom_diffusion.weight")
+            )
+            assert torch.equal(value, safe[key])
+            assert value.dtype == torch.float32
+    for suffix in ("bin", "safetensors"):
+        assert (concept / f"<new1>.{suffix}").stat().st_size < 4096
+
+
+@pytest.mark.parametrize("fixture", ["concept", "full_concept"])
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_ours_and_diffusers_loader_draw_the_same(request, tiny_model, fixture, suffix):
+    folder = request.getfixturevalue(fixture)
+    tokens = read_weights(folder).tokens
+    prompt = PROMPT + " " + " ".join(tokens)
+    ours = make_pipeline(tiny_model)
+    base = draw(ours, prompt)
+    load_custom_diffusion(ours, folder)
+    theirs = make_pipeline(tiny_model)
+    theirs.unet.load_attn_procs(folder, weight_name=f"{WEIGHTS_NAME}.{suffix}", _pipeline=theirs)
+    for token in tokens:
+        theirs.load_textual_inversion(folder, weight_name=f"{token}.{suffix}")
+    drawn = draw(ours, prompt)
+    assert np.abs(drawn - draw(theirs, prompt)).max() < 1
+    assert np.abs(drawn - base).max() > 5
+
+
+def test_stock_attention_stays(tiny_model, concept):
+    pipeline = make_pipeline(tiny_model)
+    before = {name: type(processor) for name, processor in pipeline.unet.attn_processors.items()}
+    load_custom_diffusion(pipeline, concept)
+    assert {name: type(processor) for name, processor in pipeline.unet.attn_processors.items()} == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_unloading_restores_every_bit(tiny_model, full_concept, dtype):
+    pipeline = make_pipeline(tiny_model, dtype)
+    before, vocabulary = state_of(pipeline), pipeline.tokenizer.get_vocab()
+    load_custom_diffusion(pipeline, full_concept)
+    loaded = state_of(pipeline)
+    weights = read_weights(full_concept)
+    for name, tensor in weights.tensors.items():
+        assert torch.equal(loaded[f"unet.{name}"], tensor.to(dtype))
+    rows = pipeline.text_encoder.get_input_embeddings().weight
+    for token, embedding in weights.tokens.items():
+        assert torch.equal(rows[pipeline.tokenizer.convert_tokens_to_ids(token)], embedding.to(dtype))
+    unload_custom_diffusion(pipeline)
+    assert_same_state(state_of(pipeline), before)
+    assert pipeline.tokenizer.get_vocab() == vocabulary
+    unload_custom_diffusion(pipeline)  # nothing is loaded: nothing happens
+    assert_same_state(state_of(pipeline), before)
+
+
+def test_loading_again_and_loading_another_replaces(tiny_model, concept, full_concept):
+    pipeline = make_pipeline(tiny_model)
+    before = state_of(pipeline)
+    load_custom_diffusion(pipeline, concept)
+    once = state_of(pipeline)
+    load_custom_diffusion(pipeline, concept)
+    assert_same_state(state_of(pipeline), once)
+    load_custom_diffusion(pipeline, full_concept)
+    another = make_pipeline(tiny_model)
+    load_custom_diffusion(another, full_concept)
+    assert_same_state(state_of(pipeline), state_of(another))
+    unload_custom_diffusion(pipeline)
+    assert_same_state(state_of(pipeline), before)
+
+
+@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offloaded_pipelines(tiny_model, concept, offload):
+    plain, pipeline = make_pipeline(tiny_model), make_pipeline(tiny_model)
+    getattr(pipeline, offload)(device="cpu")
+    load_custom_diffusion(pipeline, concept)
+    load_custom_diffusion(plain, concept)
+    assert hasattr(pipeline.unet, "_hf_hook") or hasattr(pipeline.unet.conv_in, "_hf_hook")
+    pipeline.remove_all_hooks()
+    assert_same_state(state_of(pipeline), state_of(plain))
+
+
+def test_under_a_lora(tiny_model, concept):
+    pipeline = make_pipeline(tiny_model)
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=True))
+    load_custom_diffusion(pipeline, concept)
+    plain = make_pipeline(tiny_model)
+    load_custom_diffusion(plain, concept)
+    assert np.abs(draw(pipeline) - draw(plain)).max() < 1
+    unload_custom_diffusion(pipeline)
+    base = make_pipeline(tiny_model)
+    name = cross_attention_names(base.unet)[0]
+    assert torch.equal(
+        pipeline.unet.get_submodule(f"{name}.to_k").base_layer.weight, base.unet.get_submodule(f"{name}.to_k").weight
+    )
+
+
+def test_folders_of_the_reference_script(tmp_path, tiny_model, concept):
+    """They have no settings file, one format only, and .safetensors without an entry for self-attentions."""
+    state = safetensors.torch.load_file(concept / f"{WEIGHTS_NAME}.safetensors")
+    state = {key: value for key, value in state.items() if len(value)}
+    safetensors.torch.save_file(state, tmp_path / f"{WEIGHTS_NAME}.safetensors")
+    table = torch.randn(300, 32)
+    table[7] = read_weights(concept).tokens["<new1>"]
+    torch.save({"<new1>": table[7]}, tmp_path / "<new1>.bin")
+    theirs, ours = make_pipeline(tiny_model), make_pipeline(tiny_model)
+    load_custom_diffusion(theirs, tmp_path)
+    load_custom_diffusion(ours, concept)
+    assert_same_state(state_of(theirs), state_of(ours))
+
+
+def spoil_another_model(folder, tmp_path):
+    return make_concept(tmp_path / "other", make_model(tmp_path / "wide", width=48))
+
+
+def spoil_truncated(folder, _):
+    path = folder / f"{WEIGHTS_NAME}.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return folder
+
+
+def spoil_pickle(folder, _):
+    (folder / f"{WEIGHTS_NAME}.safetensors").unlink()
+    torch.save({"x": torch.nn.Linear(1, 1)}, folder / f"{WEIGHTS_NAME}.bin")  # needs arbitrary code to load
+    return folder
+
+
+def spoil_foreign_keys(folder, _):
+    safetensors.torch.save_file({"lora.down": torch.zeros(2, 2)}, folder / f"{WEIGHTS_NAME}.safetensors")
+    return folder
+
+
+def spoil_token(folder, _):
+    (folder / "<new1>.safetensors").unlink()
+    (folder / "<new1>.bin").unlink()
+    return folder
+
+
+def spoil_token_shape(folder, _):
+    safetensors.torch.save_file({"<new1>": torch.zeros(7)}, folder / "<new1>.safetensors")
+    return folder
+
+
+def spoil_missing_layer(folder, _):
+    path = folder / f"{WEIGHTS_NAME}.safetensors"
+    state = safetensors.torch.load_file(path)
+    safetensors.torch.save_file({k: v for k, v in state.items() if "mid_block" not in k}, path)
+    return folder
+
+
+def spoil_settings(folder, _):
+    (folder / "custom_diffusion_config.json").write_text("{")
+    return folder
+
+
+def spoil_everything(folder, _):
+    shutil.rmtree(folder)
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (spoil_another_model, "to_k.weight"),
+        (spoil_truncated, f"{WEIGHTS_NAME}.safetensors"),
+        (spoil_pickle, f"{WEIGHTS_NAME}.bin"),
+        (spoil_foreign_keys, "lora.down"),
+        (spoil_token, "<new1>"),
+        (spoil_token_shape, "<new1>"),
+        (spoil_missing_layer, "cross-attentions"),
+        (spoil_settings, "custom_diffusion_config.json"),
+        (spoil_everything, WEIGHTS_NAME),
+    ],
+)
+def test_what_cannot_be_loaded_is_named_and_changes_nothing(tmp_path, tiny_model, concept, full_concept, spoil, named):
+    folder = spoil(shutil.copytree(concept, tmp_path / "copy"), tmp_path)
+    pipeline = make_pipeline(tiny_model)
+    load_custom_diffusion(pipeline, full_concept)
+    before, vocabulary = state_of(pipeline), pipeline.tokenizer.get_vocab()
+    with pytest.raises(ValueError, match=re.escape(named)) as error:
+        load_custom_diffusion(pipeline, folder)
+    assert "\n" not in str(error.value)
+    assert_same_state(state_of(pipeline), before)
+    assert pipeline.tokenizer.get_vocab() == vocabulary
+
+
+def test_settings_are_readable(concept):
+    config = json.loads((concept / "custom_diffusion_config.json").read_text())
+    assert config["modifier_tokens"] == ["<new1>"]
+    assert read_weights(concept).config == config
