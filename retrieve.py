@@ -28,20 +28,41 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--class_prompt", help="the class, as a word or two: cat, wooden pot")
     add("--class_data_dir", type=Path, help="folder to fill")
     add("--num_class_images", type=int, default=200, metavar="N", help="images wanted in all (default: %(default)s)")
-    add("--concepts_list", type=Path, metavar="JSON", help="instead of the two above: every concept's class of this list")
+    add(
+        "--concepts_list",
+        type=Path,
+        metavar="JSON",
+        help="instead of the two above: every concept's class of this list",
+    )
     add("--client_url", help="clip-retrieval backend (default: $CLIP_RETRIEVAL_URL, else LAION's, gone since 2024)")
     add("--indice_name", default="laion_400m", help="the backend's index (default: %(default)s)")
     add("--aesthetic_weight", type=float, default=0.1, metavar="W", help="0 to 1; the backend's (default: %(default)s)")
-    add("--min_similarity", type=float, metavar="S", help="least CLIP similarity of a backend's row to the class prompt")
-    add("--dataset", metavar="NAME_OR_PATH", help="captioned dataset: of the Hugging Face Hub, a local file or a folder")
+    add(
+        "--min_similarity", type=float, metavar="S", help="least CLIP similarity of a backend's row to the class prompt"
+    )
+    add(
+        "--dataset", metavar="NAME_OR_PATH", help="captioned dataset: of the Hugging Face Hub, a local file or a folder"
+    )
     add("--split", help="of the dataset (default: train)")
     add("--caption_column", help="of the dataset (default: detected, as are the next two)")
     column = parser.add_mutually_exclusive_group()
     column.add_argument("--url_column", help="column with addresses of pictures")
     column.add_argument("--image_column", help="column with the pictures themselves")
-    add("--min_size", type=int, default=256, metavar="PIXELS", help="least shorter side of a picture (default: %(default)s)")
+    add(
+        "--min_size",
+        type=int,
+        default=256,
+        metavar="PIXELS",
+        help="least shorter side of a picture (default: %(default)s)",
+    )
     add("--num_workers", type=int, default=32, metavar="N", help="downloads at a time (default: %(default)s)")
-    add("--timeout", type=float, default=10, metavar="SECONDS", help="for one picture, all in all (default: %(default)s)")
+    add(
+        "--timeout",
+        type=float,
+        default=10,
+        metavar="SECONDS",
+        help="for one picture, all in all (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     for problem in _problems(args):
         parser.error(problem)
@@ -127,12 +148,30 @@ def fill(class_prompt: str, class_data_dir: Path, sources: list, args: argparse.
 
     folder = ClassFolder(class_data_dir, args.min_size)
     if len(folder.rows) >= args.num_class_images and not folder.dropped:
-        print(f"{class_data_dir} has {len(folder.rows)} images already, {args.num_class_images} are wanted: nothing to do")
+        print(
+            f"{class_data_dir} has {len(folder.rows)} images already, {args.num_class_images} are wanted: nothing to do"
+        )
         return True
+    print(f"Sources for {class_prompt!r}, in order: {'; '.join(source.name for source in sources)}", flush=True)
+    try:
+        collector, failures = _collect(class_prompt, folder, sources, args)
+    finally:
+        folder.close()
+    if collector is None:
+        raise SourceError(_nothing_reached(failures, args))
+    if not collector.num_missing:
+        print(f"{class_data_dir} has {len(folder.rows)} images with captions; tried {collector.num_tried}")
+        return True
+    print("".join(f"retrieve.py: {failure}\n" for failure in failures), end="", file=sys.stderr)
+    print(_too_few(class_prompt, class_data_dir, collector, args), file=sys.stderr)
+    return False
+
+
+def _collect(class_prompt, folder, sources, args):
+    """(the collector after its work, or None when no source could be used; what the failed sources said)."""
     from custom_diffusion.retrieval.collect import Collector
 
-    failures, collector = [], None
-    print(f"Sources for {class_prompt!r}, in order: {'; '.join(source.name for source in sources)}", flush=True)
+    collector, failures = None, []
     for source in sources:
         try:
             source.check()
@@ -140,20 +179,14 @@ def fill(class_prompt: str, class_data_dir: Path, sources: list, args: argparse.
             if collector is None:
                 folder.open()
                 if folder.dropped:
-                    print(f"{len(folder.dropped)} pictures in its lists are gone or damaged and no longer listed")
+                    print(f"no longer listed, as they are gone or damaged: {', '.join(folder.dropped)}")
                 collector = Collector(folder, args.num_class_images, args.min_size, args.num_workers, args.timeout)
-            if collector.num_missing:
-                collector.run(source.candidates(class_prompt, collector.num_missing), f"images of {class_prompt!r}")
+            collector.run(source.candidates(class_prompt, collector.num_missing), f"images of {class_prompt!r}")
         except SourceError as error:
             failures.append(str(error))
         if collector is not None and not collector.num_missing:
-            print(f"{class_data_dir} has {len(folder.rows)} images with captions; tried {collector.num_tried}")
-            return True
-    if collector is None:
-        raise SourceError(_nothing_reached(failures, args))
-    print("".join(f"retrieve.py: {failure}\n" for failure in failures), end="", file=sys.stderr)
-    print(_too_few(class_prompt, class_data_dir, collector, args), file=sys.stderr)
-    return False
+            break
+    return collector, failures
 
 
 def _nothing_reached(failures, args):
@@ -162,7 +195,9 @@ def _nothing_reached(failures, args):
         return "; ".join(failures)
     what = f"--class_prompt CLASS --class_data_dir FOLDER --num_class_images {args.num_class_images}"
     if args.class_prompt:
-        what = what.replace("CLASS", shlex.quote(args.class_prompt)).replace("FOLDER", shlex.quote(str(args.class_data_dir)))
+        what = what.replace("CLASS", shlex.quote(args.class_prompt)).replace(
+            "FOLDER", shlex.quote(str(args.class_data_dir))
+        )
     return (
         f"LAION's public retrieval service has been gone since early 2024, and {DEFAULT_DATASET} on the Hugging Face Hub "
         "cannot be reached from here either. Two commands that work:\n"
@@ -187,9 +222,9 @@ def _too_few(class_prompt, class_data_dir, collector, args):
     )
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Fill every class folder; the exit status."""
-    args = parse_args()
+    args = parse_args(argv)
     stopped_by = []
 
     def stop(signum, frame):
@@ -210,7 +245,9 @@ def main() -> int:
             if not fill(class_prompt, class_data_dir, sources, args):
                 status = 1
     except KeyboardInterrupt:
-        print("\nretrieve.py: stopped; what was found is kept, and the same command goes on from there", file=sys.stderr)
+        print(
+            "\nretrieve.py: stopped; what was found is kept, and the same command goes on from there", file=sys.stderr
+        )
         return 128 + stopped_by[0]
     except (ValueError, OSError, SourceError) as error:
         if str(error):

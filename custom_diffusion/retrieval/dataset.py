@@ -24,7 +24,17 @@ CAPTION_COLUMNS = (
     "caption", "text", "txt", "captions", "caption.txt", "alt_text", "alttext", "alt", "description", "top_caption",
     "sentence", "sentences", "prompt", "title", "label_text",
 )  # fmt: skip
-URL_COLUMNS = ("url", "image_url", "img_url", "imageurl", "image_link", "photo_url", "photo_image_url", "link", "coco_url")
+URL_COLUMNS = (
+    "url",
+    "image_url",
+    "img_url",
+    "imageurl",
+    "image_link",
+    "photo_url",
+    "photo_image_url",
+    "link",
+    "coco_url",
+)
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "file_name", "image_path")
 
 
@@ -166,7 +176,9 @@ class CaptionedDataset:
         path = Path(self.name_or_path)
         try:
             if path.is_file():
-                suffix = next((s for s in reversed(path.suffixes) if s.lower() not in (".gz", ".zst", ".bz2", ".xz")), "")
+                suffix = next(
+                    (s for s in reversed(path.suffixes) if s.lower() not in (".gz", ".zst", ".bz2", ".xz")), ""
+                )
                 if suffix.lower() not in READERS:
                     raise SourceError(f"--dataset: {path} must be a folder or end in one of {', '.join(READERS)}")
                 builder, defaults = READERS[suffix.lower()]
@@ -204,11 +216,15 @@ class CaptionedDataset:
         caption, url, image = self.columns["caption"], self.columns["url"], self.columns["image"]
         if url is None and image is None:
             image = next(iter(sorted(image_columns)), None) or _detect(
-                fields, IMAGE_COLUMNS, lambda v: isinstance(v, (bytes, dict)) or (isinstance(v, str) and not is_web_url(v))
+                fields,
+                IMAGE_COLUMNS,
+                lambda v: isinstance(v, (bytes, dict)) or (isinstance(v, str) and not is_web_url(v)),
             )
             url = _detect(fields, URL_COLUMNS, lambda v: is_web_url(one_line(v)))
             if image is None and url is None:
-                url = next((name for name, value in fields.items() if is_web_url(one_line(value)) and name != "__url__"), None)
+                url = next(
+                    (name for name, value in fields.items() if is_web_url(one_line(value)) and name != "__url__"), None
+                )
             if image is None and url is None:
                 raise SourceError(f"--url_column or --image_column must be given; {there}")
         if caption is None:
@@ -253,7 +269,9 @@ def _text_pairs(folder):
     """Rows of a folder of pictures with a .txt of the same name beside each; [] when it is no such folder."""
     if any(folder.rglob("metadata.jsonl")) or any(folder.rglob("metadata.csv")):
         return []
-    pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.with_suffix(".txt").is_file())
+    pictures = sorted(
+        p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.with_suffix(".txt").is_file()
+    )
     return [
         {"image": str(p), "text": p.with_suffix(".txt").read_text(encoding="utf-8", errors="replace")} for p in pictures
     ]

@@ -106,6 +106,11 @@ class ClassFolder:
         if recovered or self.dropped:
             self._commit()
 
+    def close(self):
+        """Let other processes fill the folder."""
+        if self.lock is not None:
+            self.lock.close()
+
     def _recover_last(self) -> bool:
         """Take up the picture that a killed run had journaled but not yet listed."""
         part = self.state / "part.jpg"
@@ -185,7 +190,7 @@ def _sha256_of(path: Path) -> str | None:
 
 
 def _lock(path: Path, folder: Path):
-    """An open file that holds the lock until the process ends, however it ends."""
+    """An open file that holds the lock until it is closed or the process ends, however it ends."""
     try:
         import fcntl
     except ImportError:  # not on Windows, where two runs on one folder are the user's to avoid
