@@ -4,15 +4,18 @@ Source: Custom Diffusion (Kumari et al., CVPR 2023, arXiv 2212.04488).
 """
 
 import os
+import signal
 import sys
 
 from custom_diffusion.args import InputError, exit_with_problems, modifier_pairs, parse_args
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins, Ctrl-C simply ends the process
     args, concepts = parse_args()  # before the imports that take seconds: `--help` and a wrong flag answer at once
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would announce that torchvision, unused, is missing
 
 import copy
+import errno
 import logging
 import math
 from datetime import timedelta
@@ -35,7 +38,7 @@ from tqdm.auto import tqdm
 
 from custom_diffusion import hub
 from custom_diffusion.attention import install_trained_projections
-from custom_diffusion.checkpoint_names import find_checkpoint
+from custom_diffusion.checkpoint_names import find_checkpoint, list_checkpoints
 from custom_diffusion.checkpoints import (
     Checkpoint,
     read_checkpoint,
@@ -49,13 +52,14 @@ from custom_diffusion.latents import LatentEncoder
 from custom_diffusion.models import ConceptModel, ModelSource, cast_frozen, check_model, load_models, load_tokenizer
 from custom_diffusion.objective import custom_diffusion_loss, prediction_target
 from custom_diffusion.prior import class_images, generate_class_images
-from custom_diffusion.readback import read_back
+from custom_diffusion.readback import predicts_numbers, read_back
 from custom_diffusion.sampling import Sampler, log_samples, save_samples
 from custom_diffusion.settings import check_resumable, run_settings, weights_config
 from custom_diffusion.tokens import add_modifier_tokens, token_problems
 from custom_diffusion.weights import ConceptWeights, write_weights
 
 logger = get_logger(__name__)
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -94,6 +98,7 @@ def main(args, concepts):
             batch_size=args.sample_batch_size,
             dtype=prior_dtype(args, accelerator.device),
             seed=args.seed,
+            signals=signals,
         )
 
     # Model: frozen, but for the trained projections and the modifier tokens' rows
@@ -143,27 +148,35 @@ def main(args, concepts):
     if accelerator.scaler is not None:
         stateful["scaler"] = accelerator.scaler
     if checkpoint is not None:
-        for name, part in stateful.items():
-            part.load_state_dict(checkpoint.state[name])
+        for name in stateful.keys() & checkpoint.state.keys():  # only --mixed_precision fp16 has a scaler
+            stateful[name].load_state_dict(checkpoint.state[name])
         logger.info(f"Resuming from checkpoint-{step}")
     del checkpoint
 
     # What is done between steps
     formats = ("bin",) if args.no_safe_serialization else ("safetensors", "bin")
+    latent_size = args.resolution // shape.vae_factor
+    probe = {
+        "prompt": concepts[0].instance_prompt,
+        "latent_shape": (1, shape.latent_channels, latent_size, latent_size),
+    }
 
     def trained_weights():
         tensors, rows = concept_model.trained_tensors()
         tokens = {token: row for (token, _), row in zip(pairs, rows)}
         return ConceptWeights(tensors, tokens, weights_config(settings, step))
 
+    def check_weights():
+        if not predicts_numbers(concept_model, **probe):
+            raise RunStopped(not_finite_message("prediction", math.nan, step, output_dir))
+
     def save():
-        if not accelerator.is_main_process:
-            return
+        check_weights()
         state = {name: part.state_dict() for name, part in stateful.items()}
         # One format is enough here; the end of the run writes both.
         written = Checkpoint(step, position, trained_weights(), state, settings)
         path = save_checkpoint(output_dir, written, unet, formats[:1])
-        remove_old_checkpoints(output_dir, args.checkpoints_total_limit)
+        remove_old_checkpoints(path, args.checkpoints_total_limit)
         logger.info(f"Saved {path}")
 
     sampler = Sampler(
@@ -214,36 +227,31 @@ def main(args, concepts):
             lr_scheduler.step()
         step, position = step + 1, position + samples_per_step
 
-        report = reports.exchange(losses, grad_norm, signals.received)
+        report = reports.exchange(step, losses, grad_norm, signals.received)
         losses = torch.zeros_like(losses)
         stopping = report.stop_signal != 0
         if stopping or step == max_train_steps or step % args.checkpointing_steps == 0:
             report = reports.latest()  # nothing is written before its losses are known
         if not report.finite:
-            raise RunStopped(not_finite_message(report, step, output_dir))
+            raise RunStopped(not_finite_message("loss", report.loss, report.step, output_dir))
         log_step(accelerator, bar, report, lr_scheduler.get_last_lr()[0], step)
         if stopping:
-            save_or_explain(save, output_dir)
+            write_together(accelerator, save, output_dir)
             raise RunStopped(interrupted_message(output_dir, step), status=128 + report.stop_signal)
         if step % args.checkpointing_steps == 0:
-            save_or_explain(save, output_dir)
+            write_together(accelerator, save, output_dir)
         if step % args.validation_steps == 0 and step < max_train_steps:
             validate()
     bar.close()
 
     # Write, read back, draw, share
-    accelerator.wait_for_everyone()
+    def write():
+        check_weights()
+        write_weights(output_dir, trained_weights(), unet, formats)
+
+    write_together(accelerator, write, output_dir)
     if accelerator.is_main_process:
-        save_or_explain(lambda: write_weights(output_dir, trained_weights(), unet, formats), output_dir)
-        latent_size = args.resolution // shape.vae_factor
-        pipeline = read_back(
-            output_dir,
-            concept_model.eval(),
-            sampler.pipeline,
-            plain_tokenizer,
-            prompt=concepts[0].instance_prompt,
-            latent_shape=(1, shape.latent_channels, latent_size, latent_size),
-        )
+        pipeline = read_back(output_dir, concept_model.eval(), sampler.pipeline, plain_tokenizer, **probe)
         logger.info(f"Saved the weights in '{output_dir}', and read them back")
         pictures = show(pipeline, "final", "test")
         if repo_id is not None:
@@ -283,6 +291,11 @@ def find_resume(accelerator, args, settings):
         InputError: the checkpoint is damaged, or its weights do not fit these flags.
     """
     if args.resume_from_checkpoint is None:
+        if there := list_checkpoints(Path(args.output_dir)):
+            logger.warning(
+                f"'{args.output_dir}' holds {there[-1].name} of an earlier run. This run starts anew; "
+                "to go on with that one, repeat the command with --resume_from_checkpoint latest"
+            )
         return None
     found = [None, None]  # checkpoint, problem; other machines may not see the folder
     if accelerator.is_main_process:
@@ -384,12 +397,23 @@ def log_step(accelerator, bar, report, learning_rate, step):
     accelerator.log(values, step=step)
 
 
-def save_or_explain(save, output_dir):
-    """Call `save`; a full disk or a folder that cannot be written becomes one clear line."""
-    try:
-        save()
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        raise RunStopped(f"cannot write to '{output_dir}': {error}. {last_good(output_dir)}") from error
+def write_together(accelerator, write, output_dir):
+    """Call `write` on the main process, while the others wait.
+
+    Raises:
+        RunStopped: in all processes, if it cannot write; the message says why.
+    """
+    problem = [None]
+    if accelerator.is_main_process:
+        try:
+            write()
+        except RunStopped as stop:
+            problem[0] = str(stop)
+        except OSError as error:
+            problem[0] = f"cannot write to '{output_dir}': {error}. {last_good(output_dir)}"
+    broadcast_object_list(problem)
+    if problem[0]:
+        raise RunStopped(problem[0])
 
 
 def last_good(output_dir):
@@ -400,9 +424,9 @@ def last_good(output_dir):
     return f"The last good checkpoint is checkpoint-{checkpoint.step}; repeat the command with --resume_from_checkpoint latest"
 
 
-def not_finite_message(report, step, output_dir):
+def not_finite_message(what, value, step, output_dir):
     return (
-        f"the loss is {report.loss} at step {step}; nothing of it was saved. Lower --learning_rate, or use another "
+        f"the {what} is {value} at step {step}; nothing of it was saved. Lower --learning_rate, or use another "
         f"--mixed_precision. {last_good(output_dir)}"
     )
 
@@ -420,5 +444,13 @@ if __name__ == "__main__":
     except InputError as error:
         exit_with_problems("train_custom_diffusion.py", error.problems)
     except RunStopped as stop:
-        print(f"train_custom_diffusion.py: {stop}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            tqdm.write(f"train_custom_diffusion.py: {stop}", file=sys.stderr)  # below the progress bar
         sys.exit(stop.status)
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        tqdm.write(
+            f"train_custom_diffusion.py: cannot write: {error}. {last_good(Path(args.output_dir))}", file=sys.stderr
+        )
+        sys.exit(1)

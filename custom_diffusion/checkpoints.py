@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from custom_diffusion.checkpoint_names import checkpoint_step, list_checkpoints
-from custom_diffusion.weights import ConceptWeights, read_weights, whole_folder, write_weights
+from custom_diffusion.weights import ConceptWeights, read_weights, save_state, whole_folder, write_weights
 
 MANIFEST_NAME = "checkpoint.json"
 STATE_NAME = "training_state.pt"
@@ -40,10 +40,12 @@ class Checkpoint:
 
 def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, unet, formats: tuple[str, ...]) -> Path:
     """Write `checkpoint-N`, whole or not at all. `unet` and `formats` as in `write_weights`."""
+    for rest in output_dir.glob(".checkpoint-*"):  # of a run that was killed while it saved
+        shutil.rmtree(rest, ignore_errors=True)
     path = output_dir / f"checkpoint-{checkpoint.step}"
     with whole_folder(path) as folder:
         write_weights(folder, checkpoint.weights, unet, formats)
-        torch.save(checkpoint.state, folder / STATE_NAME)
+        save_state(checkpoint.state, folder / STATE_NAME)
         manifest = {
             "step": checkpoint.step,
             "position": checkpoint.position,
@@ -54,11 +56,15 @@ def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, unet, formats: tup
     return path
 
 
-def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
-    """Keep the `limit` newest checkpoints, or all with None."""
+def remove_old_checkpoints(newest: Path, limit: int | None) -> None:
+    """Of `newest` and the checkpoints of earlier steps keep the `limit` last, or all with None.
+
+    Folders that `save_checkpoint` did not write, and checkpoints of later steps, which another run left, are not touched.
+    """
     if limit is None:
         return
-    for path in list_checkpoints(output_dir)[:-limit]:
+    own = [path for path in list_checkpoints(newest.parent) if (path / MANIFEST_NAME).is_file()]
+    for path in [path for path in own if checkpoint_step(path) <= checkpoint_step(newest)][:-limit]:
         # Out of sight first: a checkpoint that is half removed must not look like a checkpoint.
         doomed = path.with_name(f".{path.name}.removed")
         shutil.rmtree(doomed, ignore_errors=True)
@@ -79,7 +85,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise ValueError(f"'{path / name}' is missing")
         if _checksum(path / name) != checksum:
             raise ValueError(f"'{path / name}' is damaged")
-    state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types
+        raise ValueError(f"'{path / STATE_NAME}' cannot be read ({str(error).splitlines()[0]})") from None
     return Checkpoint(step, position, read_weights(path), state, settings)
 
 
@@ -95,7 +104,10 @@ def read_latest_checkpoint(output_dir: Path, warn) -> Checkpoint | None:
 
 def _checksum(path):
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise ValueError(f"'{path}' cannot be read ({error.strerror})") from None
     return digest.hexdigest()

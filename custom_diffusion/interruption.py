@@ -30,31 +30,36 @@ class StopSignals:
 
     def __init__(self):
         self.received = 0
+        self._interrupted = False
         signal.signal(signal.SIGTERM, self._remember)
         signal.signal(signal.SIGINT, self._remember)
-        if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-            # `accelerate launch` dies of a SIGTERM without passing it on; this asks the kernel to.
+        launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+        if sys.platform == "linux" and launched:
+            # `accelerate launch` dies of a SIGTERM without passing it on, and every launcher of a SIGKILL; the kernel
+            # then sends this process one.
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def _remember(self, number, _):
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        if number == signal.SIGINT and self._interrupted:
             os._exit(128 + number)
+        self._interrupted = self._interrupted or number == signal.SIGINT
         self.received = self.received or number
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What all processes know of a step: losses and gradient norm, averaged, and the signal that any of them got."""
+    """What all processes know of a step: losses and gradient norm, averaged, and the signal that any of them got.
 
+    `finite`: the losses are numbers, and so are the gradients, unless they are scaled and may overflow now and then.
+    """
+
+    step: int
+    finite: bool
     loss: float
     instance_loss: float
     prior_loss: float
     grad_norm: float
     stop_signal: int
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.loss)
 
 
 class StepReports:
@@ -67,7 +72,7 @@ class StepReports:
         self.accelerator = accelerator
         self._pending = None
 
-    def exchange(self, losses: torch.Tensor, grad_norm: torch.Tensor, stop_signal: int) -> StepReport:
+    def exchange(self, step: int, losses: torch.Tensor, grad_norm: torch.Tensor, stop_signal: int) -> StepReport:
         """Hand over this step's (3,) losses, gradient norm and signal.
 
         Returns:
@@ -82,16 +87,17 @@ class StepReports:
             values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
-        self._pending = (values, ready)
-        return _report(*(before if ready and before else self._pending))
+        self._pending = (step, values, ready)
+        return self._report(*(before if ready and before else self._pending))
 
     def latest(self) -> StepReport:
         """The report of the step handed over last."""
-        return _report(*self._pending)
+        return self._report(*self._pending)
 
-
-def _report(values, ready):
-    if ready is not None:
-        ready.synchronize()
-    *numbers, stop_signal = values.tolist()
-    return StepReport(*numbers, stop_signal=int(stop_signal))
+    def _report(self, step, values, ready):
+        if ready is not None:
+            ready.synchronize()
+        *numbers, stop_signal = values.tolist()
+        loss, *_, grad_norm = numbers
+        finite = math.isfinite(loss) and (self.accelerator.scaler is not None or math.isfinite(grad_norm))
+        return StepReport(step, finite, *numbers, stop_signal=int(stop_signal))

@@ -1,9 +1,11 @@
 """The Stable Diffusion model that is taught: checked by its configuration files, then loaded, frozen, and put together."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
 
@@ -52,7 +54,7 @@ def check_model(source: ModelSource) -> tuple[ModelShape, DDPMScheduler]:
         ) from None
     if "text_encoder_2" in index or "unet" not in index or "vae" not in index:
         raise InputError(f"{where} is a {index.get('_class_name')}; Stable Diffusion 1.x and 2.x models are supported")
-    problems = []
+    problems = _weight_file_problems(source)
     if unet["in_channels"] != vae["latent_channels"]:
         problems.append(f"{where} takes {unet['in_channels']} input channels; use a text-to-image model")
     if unet["cross_attention_dim"] != text.hidden_size:
@@ -63,6 +65,31 @@ def check_model(source: ModelSource) -> tuple[ModelShape, DDPMScheduler]:
         raise InputError(*problems)
     shape = ModelShape(vae_factor=2 ** (len(vae["block_out_channels"]) - 1), latent_channels=vae["latent_channels"])
     return shape, scheduler
+
+
+def _weight_file_problems(source):
+    """Missing and truncated weight files of a model in a folder. Reads their headers only."""
+    problems, suffix = [], f".{source.variant}" if source.variant else ""
+    for part in ("unet", "vae", "text_encoder"):
+        folder = Path(source.path) / part
+        if not folder.is_dir():
+            continue
+        files = [p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") and Path(p.stem).suffix == suffix]
+        if not files:
+            named = f"with '{suffix}' in their name " if suffix else ""
+            problems.append(
+                f"--pretrained_model_name_or_path: '{folder}' has no weight files {named}(.safetensors, .bin)"
+            )
+        for file in files:
+            try:
+                if file.suffix == ".safetensors":
+                    with safe_open(file, "pt"):
+                        pass
+            except Exception as error:  # OSError and the library's own type
+                problems.append(
+                    f"--pretrained_model_name_or_path: '{file}' is damaged ({_first_line(error)}); download it again"
+                )
+    return problems
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:

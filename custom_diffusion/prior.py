@@ -1,16 +1,19 @@
 """Class images: those that `retrieve.py` fetched, or generated from the class prompt."""
 
 import hashlib
+import os
+import uuid
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from custom_diffusion.args import InputError
 from custom_diffusion.concepts import Concept, find_pictures
 from custom_diffusion.data import PRIOR, random_stream
+from custom_diffusion.interruption import RunStopped, StopSignals
 from custom_diffusion.models import ModelSource
 from custom_diffusion.retrieval.folder import read_class_folder
 from custom_diffusion.weights import whole_file
@@ -32,14 +35,15 @@ def generate_class_images(
     batch_size: int,
     dtype: torch.dtype,
     seed: int,
+    signals: StopSignals,
 ) -> None:
     """Draw what is missing to `num_class_images` in every concept's class folder, each by one of the processes.
 
-    A picture depends on the seed and its number, not on which process draws it or when. The model's whole pipeline is in
-    memory for the duration.
+    A picture depends on the seed and its number, not on which process draws it or when. Machines that do not share the
+    folder draw all of the pictures each. The model's whole pipeline is in memory for the duration.
 
     Raises:
-        InputError: afterwards a process does not see all images, since the folder is not shared.
+        RunStopped: a signal came; the pictures drawn so far stay, and the next run goes on from there.
     """
     missing = []
     by_folder = {concept.class_data_dir: concept for concept in reversed(concepts)}  # concepts may share a class
@@ -49,30 +53,48 @@ def generate_class_images(
         free = (index for index in range(num_class_images + len(existing)) if str(index) not in taken)
         missing += [(concept, number, next(free)) for _ in range(num_class_images - len(existing))]
     accelerator.wait_for_everyone()  # all have counted before the first picture appears
-    if missing:
-        with accelerator.split_between_processes(missing) as own:
-            if own:
-                _generate(accelerator, source, own, batch_size, dtype, seed)
-        accelerator.wait_for_everyone()
-    for concept in concepts:
-        seen = len(find_pictures(concept.class_data_dir))
-        if seen < num_class_images:
-            raise InputError(
-                f"{concept.name('class_data_dir')}: process {accelerator.process_index} sees {seen} of {num_class_images} "
-                f"class images in '{concept.class_data_dir}'; with several machines the folder must be on a shared disk"
-            )
+    # Whole batches are dealt out, so that each is the same however many processes there are.
+    batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
+    rank, count = accelerator.process_index, accelerator.num_processes
+    if not _folders_are_shared(accelerator, by_folder):
+        rank, count = accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if batches[rank::count]:
+        _generate(accelerator, source, batches[rank::count], dtype, seed, signals)
+    accelerator.wait_for_everyone()
 
 
-def _generate(accelerator, source, wanted, batch_size, dtype, seed):
-    """Draw the pictures of `wanted`, (concept, concept number, index) each."""
+def _folders_are_shared(accelerator, folders):
+    """Whether every process sees what the main process writes there."""
+    name = [f".shared-{uuid.uuid4().hex}"]
+    broadcast_object_list(name)
+    markers = [folder / name[0] for folder in folders]
+    if accelerator.is_main_process:
+        for marker in markers:
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
+    accelerator.wait_for_everyone()
+    seen = all(marker.exists() for marker in markers)
+    seen_by_all = accelerator.gather(torch.tensor([seen], device=accelerator.device)).all().item()
+    if accelerator.is_main_process:
+        for marker in markers:
+            marker.unlink()
+    return seen_by_all
+
+
+def _generate(accelerator, source, batches, dtype, seed, signals):
+    """Draw the pictures of batches of (concept, concept number, index)."""
     pipeline = DiffusionPipeline.from_pretrained(
         source.path, torch_dtype=dtype, safety_checker=None, revision=source.revision, variant=source.variant
     )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(accelerator.device)
-    bar = tqdm(total=len(wanted), desc="Generating class images", disable=not accelerator.is_local_main_process)
-    for start in range(0, len(wanted), batch_size):
-        batch = wanted[start : start + batch_size]
+    bar = tqdm(batches, desc="Generating class images", disable=not accelerator.is_local_main_process)
+    for batch in bar:
+        if signals.received:
+            raise RunStopped(
+                "stopped by a signal while class images were generated; those in place stay. To go on, repeat the command",
+                status=128 + signals.received,
+            )
         images = pipeline(
             [concept.class_prompt for concept, _, _ in batch],
             generator=[
@@ -85,8 +107,6 @@ def _generate(accelerator, source, wanted, batch_size, dtype, seed):
             concept.class_data_dir.mkdir(parents=True, exist_ok=True)
             with whole_file(concept.class_data_dir / f"{index}-{digest}.jpg") as path:
                 image.save(path, format="JPEG")
-        bar.update(len(batch))
-    bar.close()
     del pipeline
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

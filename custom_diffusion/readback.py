@@ -16,6 +16,19 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 @torch.no_grad()
+def predicts_numbers(model: ConceptModel, prompt: str, latent_shape: tuple) -> bool:
+    """Whether the model, as trained so far, predicts finite noise. `prompt` and `latent_shape` as in `read_back`."""
+    return bool(model(*_probe(model, latent_shape), [prompt]).isfinite().all())
+
+
+def _probe(model, latent_shape):
+    """Noisy latents and a timestep to compare predictions with."""
+    device = next(model.unet.parameters()).device
+    latents = torch.randn(latent_shape, generator=torch.Generator().manual_seed(0))
+    return latents.to(device, model.text_encoder.dtype), torch.tensor([500], device=device)
+
+
+@torch.no_grad()
 def read_back(
     folder: Path,
     model: ConceptModel,
@@ -36,9 +49,8 @@ def read_back(
     Raises:
         RuntimeError: the predictions differ.
     """
-    device, dtype = next(model.unet.parameters()).device, model.text_encoder.dtype
-    latents = torch.randn(latent_shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    timesteps = torch.tensor([500], device=device)
+    dtype = model.text_encoder.dtype
+    latents, timesteps = _probe(model, latent_shape)
     trained = model(latents, timesteps, [prompt])
     remove_trained_projections(model.unet, dtype)
     remove_modifier_tokens(model.text_encoder)

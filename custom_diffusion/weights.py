@@ -1,6 +1,7 @@
 """The trained folder: write it, read it, load it into a pipeline, take it out again."""
 
 import glob
+import io
 import json
 import os
 import re
@@ -131,7 +132,7 @@ def write_weights(folder: Path, weights: ConceptWeights, unet: UNet2DConditionMo
         if suffix == "safetensors":
             save, empty = _save_safetensors, torch.zeros(0)
         else:
-            save, empty = torch.save, {}
+            save, empty = save_state, {}
         if not weights.deltas:
             with whole_file(folder / f"{WEIGHTS_NAME}.{suffix}") as path:
                 save(to_file_keys(weights.tensors, self_attentions, empty), path)
@@ -145,8 +146,16 @@ def write_weights(folder: Path, weights: ConceptWeights, unet: UNet2DConditionMo
         path.write_text(json.dumps(weights.config, indent=2) + "\n", encoding="utf-8")
 
 
+# Both are serialised in memory first: the libraries' own writers hide why a write failed, for example on a full disk.
+def save_state(state: dict, path: Path) -> None:
+    """`torch.save`. Raises OSError if the file cannot be written."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    path.write_bytes(buffer.getbuffer())
+
+
 def _save_safetensors(state, path):
-    safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+    path.write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
 
 
 @contextmanager
