@@ -1,0 +1,102 @@
+"""What all commands promise: help at once, and one clear line on bad input, before anything is written."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_concept import make_concept
+from launch import ROOT
+
+TOOLS = ["generate", "export", "merge", "compress", "info", "hub"]
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_answers_before_torch_is_imported(tool):
+    code = f"""
+import runpy, sys, resource
+sys.argv = ["{tool}", "--help"]
+try:
+    runpy.run_module("custom_diffusion.{tool}", run_name="__main__")
+except SystemExit as end:
+    assert end.code == 0
+assert "torch" not in sys.modules and "numpy" not in sys.modules
+assert resource.getrusage(resource.RUSAGE_SELF).ru_utime < 1
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"usage: python -m custom_diffusion.{tool}" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_model, tmp_path_factory):
+    """A trained folder, one without its token file, a text file, a full folder and an empty one, by name."""
+    root = tmp_path_factory.mktemp("folders")
+    make_concept(root / "cat", tiny_model)
+    make_concept(root / "faces", tiny_model, token="<face>", crossattn=True)
+    make_concept(root / "lost", tiny_model)
+    for file in (root / "lost").glob("<new1>.*"):
+        file.unlink()
+    (root / "file.txt").write_text("a cat\n")
+    (root / "full").mkdir()
+    (root / "full" / "precious.txt").write_text("mine")
+    (root / "empty").mkdir()
+    return root
+
+
+BAD = [
+    (["generate", "--weights", "cat", "--prompt", "<new1>", "--output", "new/x", "--height", "100"], "--height: 100"),
+    (["generate", "--weights", "cat", "--prompt", "<new9>", "--output", "new/x"], "has <new9>, but the weights bring <new1>"),
+    (["generate", "--weights", "lost", "--prompt", "<new1>", "--output", "new/x"], "--weights: 'lost' lacks the embedding"),
+    (["generate", "--weights", "empty", "--prompt", "a", "--output", "new/x"], "--weights: 'empty' has no pytorch_custom"),
+    (["generate", "--weights", "cat", "--prompt", " ", "--output", "new/x"], "--prompt: ' ' is empty"),
+    (["generate", "--weights", "cat", "--prompt", "a", "--num_images", "2", "--output", "new/x.png"], "--output: 'new/x.png' is one file for 2"),
+    (["generate", "--prompt", "a", "--output", "new/x.png"], "--weights: give trained weights, or a --model"),
+    (["generate", "--model", "empty", "--prompt", "a", "--output", "new/x.png"], "--model: 'empty' has no model_index.json"),
+    (["export", "cat", "--to", "lora", "--output", "full"], "--output: folder 'full' is not empty"),
+    (["export", "cat", "--to", "lora", "--output", "new", "--rank", "0"], "--rank: 0 must be 1 or more"),
+    (["export", "cat", "--to", "pipeline", "--output", "new", "--rank", "4"], "--rank: has no meaning with --to pipeline"),
+    (["export", "./nothing", "--to", "lora", "--output", "new"], "weights: folder './nothing' does not exist"),
+    (["export", "cat", "--to", "lora", "--output", "new", "--revision", "main"], "--revision: needs --model"),
+    (["compress", "cat", "--output", "new", "--energy", "1.5"], "--energy: 1.5 must be above 0"),
+    (["compress", "cat", "--output", "file.txt"], "--output: 'file.txt' is a file"),
+    (["compress", "cat", "--output", "file.txt/new"], "--output: 'file.txt' is a file"),
+    (["merge", "cat", "--output", "new"], "weights: one folder has nothing to merge with"),
+    (["merge", "cat", "lost", "--output", "new"], "weights: 'lost' lacks the embedding"),
+    (["merge", "cat", "faces", "--output", "new"], "weights: 'faces' has trained"),
+    (["merge", "cat", "cat", "--captions", "empty", "--output", "new"], "--captions: no file 'empty/caption.txt'"),
+    (["info", "file.txt"], "weights: 'file.txt' is a file"),
+    (["hub", "./nothing"], "weights: folder './nothing' does not exist"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"), BAD, ids=lambda value: value[0] if isinstance(value, list) else value[:24]
+)
+def test_bad_input_is_one_line_and_leaves_nothing(folders, argv, expected, monkeypatch, capsys):
+    monkeypatch.chdir(folders)
+    before = sorted(Path().rglob("*"))
+    tool, *rest = argv
+    module = importlib.import_module(f"custom_diffusion.{tool}")
+    command = importlib.import_module("custom_diffusion.command")
+    with pytest.raises(SystemExit) as end:
+        command.run(tool, module.main, module.parse_args(rest))
+    assert end.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(lines) == 1 and f"python -m custom_diffusion.{tool}: error: " in lines[0] and expected in lines[0]
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_disk_trouble_is_one_line_and_leaves_nothing(folders, tmp_path, monkeypatch, capsys):
+    from custom_diffusion import command, compress
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("custom_diffusion.weights._save_safetensors", full)
+    with pytest.raises(SystemExit) as end:
+        command.run(
+            "compress", compress.main, compress.parse_args([str(folders / "cat"), "--output", str(tmp_path / "x")])
+        )
+    assert end.value.code == 1 and "error: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,118 @@
+"""Compressed weights: what is kept, what it costs, and that they load like the rest."""
+
+import json
+
+import pytest
+import torch
+from fake_concept import draw, make_concept, open_pipeline
+from tiny import make_model
+
+from custom_diffusion import compress, load_custom_diffusion, unload_custom_diffusion
+from custom_diffusion.args import InputError
+from custom_diffusion.base_model import base_tensors
+from custom_diffusion.low_rank import changes, decompose
+from custom_diffusion.models import ModelSource
+from custom_diffusion.weights import read_weights
+
+
+@pytest.fixture(scope="module")
+def concept(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("concept")
+    make_concept(folder, tiny_model)
+    return folder
+
+
+def run(weights, output, *flags):
+    compress.main(compress.parse_args([str(weights), "--output", str(output), *flags]))
+    return output
+
+
+def known_change(values):
+    """A change with these singular values."""
+    left, _ = torch.linalg.qr(torch.randn(9, len(values), dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(7, len(values), dtype=torch.float64))
+    return (left * torch.tensor(values)) @ right.T
+
+
+def test_energy_is_a_share_of_the_sum_of_singular_values():
+    parts = decompose({"x": known_change([6.0, 2.0, 1.0, 1.0])})["x"]
+    assert [parts.rank_for(share, power=1) for share in (0.1, 0.59, 0.61, 0.79, 0.81, 1)] == [1, 1, 2, 2, 3, 7]
+    assert [parts.rank_for(share, power=2) for share in (0.85, 0.86, 0.96)] == [1, 2, 3]  # squares: 36, 4, 1, 1 of 42
+    assert parts.kept(2) == pytest.approx(40 / 42)
+
+
+def test_truncation_is_the_nearest_matrix_of_its_rank():
+    delta = known_change([6.0, 2.0, 1.0, 1.0])
+    kept = decompose({"x": delta})["x"].truncated(2)
+    error = torch.linalg.svdvals(delta - kept.up @ kept.down)
+    assert torch.allclose(error[:3], torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64), atol=1e-9)
+    assert torch.allclose(kept.up.norm(dim=0), kept.down.norm(dim=1))
+
+
+def test_no_change_compresses_to_no_change():
+    parts = decompose({"x": torch.zeros(4, 3)})["x"]
+    assert parts.rank_for(0.6, power=1) == 1 and torch.equal(parts.truncated(1).matrix(), torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("crossattn", [False, True])
+def test_full_energy_draws_the_same_picture(tiny_model, tmp_path, crossattn):
+    make_concept(tmp_path / "full", tiny_model, crossattn=crossattn)
+    run(tmp_path / "full", tmp_path / "small", "--energy", "1")
+    pipe = open_pipeline(tiny_model)
+    base = draw(pipe)
+    load_custom_diffusion(pipe, tmp_path / "full")
+    expected = draw(pipe)
+    load_custom_diffusion(pipe, tmp_path / "small")
+    assert abs(draw(pipe) - expected).max() < 1 < abs(base - expected).max()
+
+
+def test_loads_like_the_rest_and_comes_out_bit_for_bit(concept, tiny_model, tmp_path):
+    run(concept, tmp_path / "small", "--energy", "0.6")
+    pipe = open_pipeline(tiny_model, torch_dtype=torch.float16)
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    load_custom_diffusion(pipe, tmp_path / "small")
+    small = read_weights(tmp_path / "small")
+    for name, delta in small.deltas.items():
+        # Summed in float32 and rounded once.
+        assert torch.equal(pipe.unet.get_parameter(name), (before[name].float() + delta.matrix()).half())
+    assert "<new1>" in pipe.tokenizer.get_vocab()
+    unload_custom_diffusion(pipe)
+    assert all(torch.equal(before[name], tensor) for name, tensor in pipe.unet.state_dict().items())
+
+
+def test_is_smaller_and_keeps_what_it_says(concept, tiny_model, tmp_path, capsys):
+    run(concept, tmp_path / "small", "--rank", "2")
+    assert {p.name for p in (tmp_path / "small").iterdir()} == {
+        "custom_diffusion_deltas.safetensors", "custom_diffusion_config.json", "<new1>.safetensors"
+    }  # fmt: skip
+    small, full = read_weights(tmp_path / "small"), read_weights(concept)
+    assert torch.equal(small.tokens["<new1>"], full.tokens["<new1>"])
+    assert {delta.up.shape[1] for delta in small.deltas.values()} == {2}
+    base = base_tensors(ModelSource(str(tiny_model)), full.shapes())
+    for name, delta in changes(full, base).items():
+        values = torch.linalg.svdvals(delta)
+        error = (delta - small.deltas[name].matrix()).norm()
+        assert error == pytest.approx(values[2:].norm().item(), rel=1e-3)
+    assert "rank 2;" in capsys.readouterr().out
+    run(tmp_path / "small", tmp_path / "smaller", "--rank", "1")  # compressed weights can be compressed on
+    assert {delta.up.shape[1] for delta in read_weights(tmp_path / "smaller").deltas.values()} == {1}
+
+
+def test_another_base_model_is_noticed(concept, tmp_path, capsys):
+    other = make_model(tmp_path / "other", seed=7)
+    run(concept, tmp_path / "small", "--model", str(other))
+    assert "is it the right --model?" in capsys.readouterr().err
+    assert json.loads((tmp_path / "small" / "custom_diffusion_config.json").read_text())["base_model"] == str(other)
+    config = other / "unet" / "config.json"
+    config.write_text(config.read_text().replace('"cross_attention_dim": 32', '"cross_attention_dim": 48'))
+    with pytest.raises(InputError, match="were they trained on another model"):
+        run(concept, tmp_path / "wrong", "--model", str(other))
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_damaged_file_is_named(concept, tmp_path):
+    run(concept, tmp_path / "small")
+    path = tmp_path / "small" / "custom_diffusion_deltas.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"custom_diffusion_deltas.safetensors' is damaged"):
+        read_weights(tmp_path / "small")
