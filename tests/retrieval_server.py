@@ -13,6 +13,7 @@ import zlib
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
+from pathlib import Path
 
 from PIL import Image, ImageDraw
 
@@ -254,9 +255,7 @@ class RetrievalServer(ThreadingHTTPServer):
 
 
 if __name__ == "__main__":
-    port, faults = int(sys.argv[1]), sys.argv[2:] and json.loads(open(sys.argv[2]).read())
-    with RetrievalServer(port, {int(n): fault for n, fault in dict(faults or {}).items()}, latency=0.1) as server:
+    port, faults = int(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()) if sys.argv[2:] else {}
+    with RetrievalServer(port, {int(n): fault for n, fault in faults.items()}, latency=0.1) as server:
         print(server.url, flush=True)
-        for line in sys.stdin:  # "faults" on standard input prints how often each path was asked for
-            print(json.dumps(server.requests), flush=True)
         threading.Event().wait()

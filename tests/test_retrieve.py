@@ -86,7 +86,7 @@ def test_every_fault_is_passed_over_and_every_format_taken(run, tmp_path):
     num_rows = len(kinds) + 8
     with RetrievalServer(faults=faults, num_rows=num_rows, hang=30) as server:
         wanted = num_rows - len(BAD)
-        status, out, err = run(
+        status, _, err = run(
             "--client_url", server.url, "--num_class_images", wanted + 1, "--timeout", 5, "--min_size", 220
         )
     assert status == 1
@@ -94,10 +94,10 @@ def test_every_fault_is_passed_over_and_every_format_taken(run, tmp_path):
     assert_whole(tmp_path / "class", wanted)
     kept = {int(url.rsplit("/", 1)[1]) for url in lists(tmp_path / "class")[2]}
     assert kept == {n for n in range(num_rows) if faults.get(n) not in BAD}
-    for n, text in ((n, faults.get(n, "")) for n in kept):
-        path = dict(zip(lists(tmp_path / "class")[2], lists(tmp_path / "class")[0]))[f"{server.url}/img/{n}"]
-        size = Image.open(tmp_path / "class" / path).size
-        assert size == ((300, 400) if text == "exif" else (400, 300)), text
+    paths, _, urls = lists(tmp_path / "class")
+    for path, url in zip(paths, urls):
+        turned = faults.get(int(url.rsplit("/", 1)[1])) == "exif"
+        assert Image.open(tmp_path / "class" / path).size == ((300, 400) if turned else (400, 300))
 
 
 def test_enough_images_are_left_alone(run, tmp_path):
@@ -222,7 +222,7 @@ def test_without_any_source_the_command_says_what_works(tmp_path):
 
 def test_a_silent_server_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(backend, "CONNECT_SECONDS", 0.3)
-    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(SourceError, match="no answer within 0.3 seconds"):
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(SourceError, match="no answer within"):
         KnnBackend(f"http://127.0.0.1:{silent.getsockname()[1]}", "local", 0.1, None).check()
 
 
@@ -333,7 +333,7 @@ def test_stopped_at_any_moment_and_started_again(tmp_path, number):
             assert "Traceback" not in err
             kept = read_class_folder(folder)  # aligned at every moment, before anything is mended
             assert len(kept) >= at - 1
-            for path, caption in kept:
+            for path, _ in kept:
                 Image.open(path).load()
             before = set(lists(folder)[2]) if not (folder / ".retrieve" / "lists").exists() else set()
             server.requests.clear()

@@ -172,7 +172,7 @@ class CaptionedDataset:
         import datasets
 
         datasets.disable_progress_bars()
-        datasets.logging.set_verbosity_error()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs whole tracebacks before it raises
         path = Path(self.name_or_path)
         try:
             if path.is_file():
