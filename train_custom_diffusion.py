@@ -84,7 +84,7 @@ def main(args, concepts):
         problems.append(f"--resolution: {args.resolution} is not a multiple of {shape.vae_factor}; try {nearest}")
     if problems:
         raise InputError(*problems)
-    settings = run_settings(args, concepts)
+    settings = run_settings(args, concepts, accelerator.mixed_precision)
     checkpoint = find_resume(accelerator, args, settings)
     repo_id = hub.create_repository(args, accelerator) if args.push_to_hub else None
 
@@ -148,8 +148,7 @@ def main(args, concepts):
     if accelerator.scaler is not None:
         stateful["scaler"] = accelerator.scaler
     if checkpoint is not None:
-        for name in stateful.keys() & checkpoint.state.keys():  # only --mixed_precision fp16 has a scaler
-            stateful[name].load_state_dict(checkpoint.state[name])
+        restore(stateful, checkpoint.state)
         logger.info(f"Resuming from checkpoint-{step}")
     del checkpoint
 
@@ -360,6 +359,18 @@ def make_optimizer(args, parameters, learning_rate):
         eps=args.adam_epsilon,
         **options,
     )
+
+
+def restore(stateful, state):
+    """Load the state of optimizer, schedule and gradient scaler; rates and decays stay what the flags say."""
+    optimizer, lr_scheduler = stateful["optimizer"], stateful["lr_scheduler"]
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    rates = lr_scheduler.base_lrs
+    for name in stateful.keys() & state.keys():  # only --mixed_precision fp16 has a scaler
+        stateful[name].load_state_dict(state[name])
+    lr_scheduler.base_lrs = rates
+    for group, own, rate, factor in zip(optimizer.param_groups, options, rates, lr_scheduler.lr_lambdas):
+        group.update(own | {"lr": rate * factor(lr_scheduler.last_epoch)})
 
 
 def training_loss(model, batch, encoder, noise_scheduler, prior_loss_weight):

@@ -45,6 +45,19 @@ def generate_class_images(
     Raises:
         RunStopped: a signal came; the pictures drawn so far stay, and the next run goes on from there.
     """
+    missing = missing_pictures(concepts, num_class_images)
+    accelerator.wait_for_everyone()  # all have counted before the first picture appears
+    rank, count = accelerator.process_index, accelerator.num_processes
+    if not _folders_are_shared(accelerator, {concept.class_data_dir for concept in concepts}):
+        rank, count = accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    own = share_of(missing, batch_size, rank, count)
+    if own:
+        _generate(accelerator, source, own, dtype, seed, signals)
+    accelerator.wait_for_everyone()
+
+
+def missing_pictures(concepts: list[Concept], num_class_images: int) -> list[tuple[Concept, int, int]]:
+    """What to draw, as (concept, number of its folder, index of the picture); existing pictures keep their places."""
     missing = []
     by_folder = {concept.class_data_dir: concept for concept in reversed(concepts)}  # concepts may share a class
     for number, concept in enumerate(by_folder.values()):
@@ -52,15 +65,12 @@ def generate_class_images(
         taken = {path.name.split("-")[0] for path in existing}
         free = (index for index in range(num_class_images + len(existing)) if str(index) not in taken)
         missing += [(concept, number, next(free)) for _ in range(num_class_images - len(existing))]
-    accelerator.wait_for_everyone()  # all have counted before the first picture appears
-    # Whole batches are dealt out, so that each is the same however many processes there are.
-    batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
-    rank, count = accelerator.process_index, accelerator.num_processes
-    if not _folders_are_shared(accelerator, by_folder):
-        rank, count = accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if batches[rank::count]:
-        _generate(accelerator, source, batches[rank::count], dtype, seed, signals)
-    accelerator.wait_for_everyone()
+    return missing
+
+
+def share_of(missing: list, batch_size: int, rank: int, count: int) -> list[list]:
+    """The batches of process `rank` of `count`. They are dealt out whole, so that each is the same for any `count`."""
+    return [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)][rank::count]
 
 
 def _folders_are_shared(accelerator, folders):

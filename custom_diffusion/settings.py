@@ -35,16 +35,19 @@ _COURSE = [
     "adam_epsilon",
     "use_8bit_adam",
     "max_grad_norm",
-    "mixed_precision",
     "cache_latents",
 ]
 # A checkpoint made under another value of these has other tensors, or tensors that mean something else.
 _MUST_AGREE = ("freeze_model", "modifier_tokens", "pretrained_model_name_or_path", "use_8bit_adam")
 
 
-def run_settings(args: argparse.Namespace, concepts: list[Concept]) -> dict:
-    """Everything that the course of the run depends on, as plain JSON values."""
-    settings = {name: getattr(args, name) for name in _COURSE}
+def run_settings(args: argparse.Namespace, concepts: list[Concept], mixed_precision: str) -> dict:
+    """Everything that the course of the run depends on, as plain JSON values.
+
+    Args:
+        mixed_precision: in effect, whether the flag or `accelerate config` says so.
+    """
+    settings = {name: getattr(args, name) for name in _COURSE} | {"mixed_precision": mixed_precision}
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):
         settings["max_train_steps"] = args.max_train_steps
         settings["num_train_epochs"] = args.num_train_epochs
