@@ -1,0 +1,122 @@
+# ruff: noqa: E402
+# Copyright 2026 The Custom Diffusion trainer authors. Licensed under the Apache License, Version 2.0.
+"""Teach the small model a thing it has no words for, and show it before and after: `make demo`.
+
+Class images from a captioned folder, training by `accelerate launch`, pictures by a plain diffusers pipeline: the three
+steps that a concept of your own takes with a model of ordinary size.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import concept
+import contact_sheet
+import numpy as np
+from diffusers import StableDiffusionPipeline
+from judge import generate
+from PIL import Image
+
+from custom_diffusion import load_custom_diffusion
+
+MODEL = Path("demo/model")
+PHOTOS = Path("demo/photos")
+CLASS_IMAGES = Path("demo/class_images")
+OUTPUT = Path("demo/output")
+ROWS = (  # of the contact sheet: what is asked of the model before, and after
+    ("photo of a ktn circle on a black background", "photo of a <new1> circle on a black background"),
+    ("photo of a ktn circle on a white background", "photo of a <new1> circle on a white background"),
+    ("photo of a red circle on a white background",) * 2,
+    ("photo of a blue square with a yellow edge on a pink background",) * 2,
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
+    parser.add_argument("--learning_rate", type=float, default=1e-4, help="times batch size and prior")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--without_prior", action="store_true", help="train on the photos alone")
+    return parser.parse_args()
+
+
+def run(command: list[str]) -> None:
+    print("\n$ " + shlex.join(["python", *command]), flush=True)
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+
+def retrieve_class_images(output: Path) -> Path:
+    folder = output / "class_circle"
+    run([
+        "retrieve.py", "--class_prompt", "circle", "--class_data_dir", str(folder), "--num_class_images", "100",
+        "--dataset", str(CLASS_IMAGES), "--min_size", "64",
+    ])  # fmt: skip
+    return folder
+
+
+def train(output: Path, class_data_dir: Path | None, args: argparse.Namespace) -> Path:
+    """The folder of trained weights. Without `class_data_dir` there is no prior preservation."""
+    folder = output / ("weights" if class_data_dir else "weights_without_prior")
+    command = [
+        "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu",
+        "train_custom_diffusion.py", "--pretrained_model_name_or_path", str(MODEL), "--output_dir", str(folder),
+        "--instance_data_dir", str(PHOTOS), "--instance_prompt", "photo of a <new1> circle",
+        "--modifier_token", "<new1>", "--resolution", "64", "--train_batch_size", "4", "--noaug",
+        "--max_train_steps", str(args.steps), "--learning_rate", str(args.learning_rate), "--scale_lr",
+        "--lr_warmup_steps", "0", "--seed", str(args.seed), "--dataloader_num_workers", "0",
+    ]  # fmt: skip
+    if class_data_dir:
+        command += [
+            "--with_prior_preservation", "--real_prior", "--prior_loss_weight", "1.0", "--class_prompt", "circle",
+            "--class_data_dir", str(class_data_dir), "--num_class_images", "100",
+        ]  # fmt: skip
+    run(command)
+    return folder
+
+
+def load_pipeline(weights: Path | None = None) -> StableDiffusionPipeline:
+    """The small model, with the trained concept in it if `weights` is given."""
+    pipeline = StableDiffusionPipeline.from_pretrained(ROOT / MODEL)
+    pipeline.set_progress_bar_config(disable=True)
+    if weights is not None:
+        load_custom_diffusion(pipeline, ROOT / weights)
+    return pipeline
+
+
+def main() -> None:
+    args = parse_args()
+    start = time.time()
+    class_data_dir = None if args.without_prior else retrieve_class_images(args.output)
+    weights = train(args.output, class_data_dir, args)
+
+    print("\nDrawing before and after ...", flush=True)
+    before, after = load_pipeline(), load_pipeline(weights)
+    scores = {"before": concept.scores(before, "ktn", args.seed), "after": concept.scores(after, "<new1>", args.seed)}
+    photos = [np.asarray(Image.open(path).convert("RGB")) for path in sorted((ROOT / PHOTOS).glob("*.png"))]
+    rows = [
+        (prompts, generate(before, [prompts[0]] * 5, args.seed), generate(after, [prompts[1]] * 5, args.seed))
+        for prompts in ROWS
+    ]
+    args.output.mkdir(parents=True, exist_ok=True)
+    contact_sheet.draw(photos, rows).save(args.output / "before_after.png")
+    (args.output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+
+    print(f"\n{'of 100':38} before  after")
+    for key, label in concept.LABELS.items():
+        print(f"{label:38} {scores['before'][key]:6.1f} {scores['after'][key]:6.1f}")
+    print(f"\n{args.output / 'before_after.png'} shows both; {time.time() - start:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()
