@@ -82,7 +82,7 @@ def assert_whole(folder, count, caption="a cat, number {n}"):
 
 def test_every_fault_is_passed_over_and_every_format_taken(run, tmp_path):
     kinds = [*BAD, *GOOD]
-    faults = {number: kind for number, kind in enumerate(kinds, start=1)}
+    faults = dict(enumerate(kinds, start=1))
     num_rows = len(kinds) + 8
     with RetrievalServer(faults=faults, num_rows=num_rows, hang=30) as server:
         wanted = num_rows - len(BAD)

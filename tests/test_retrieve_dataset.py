@@ -177,7 +177,8 @@ def test_what_is_missing_is_named_with_what_there_is(flags, said, tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    "name, content", [("x.parquet", b"no parquet"), ("x.zip", b""), ("x.csv", b"a,b\n1,2\n"), ("empty", None)]
+    "name, content",
+    [("x.parquet", b"no parquet"), ("x.jsonl", b'{"url": '), ("x.zip", b""), ("x.csv", b"a,b\n1,2\n"), ("empty", None)],
 )
 def test_what_cannot_be_used_is_explained_in_one_line(name, content, tmp_path, capsys):
     (tmp_path / name).mkdir() if content is None else (tmp_path / name).write_bytes(content)
@@ -186,14 +187,16 @@ def test_what_cannot_be_used_is_explained_in_one_line(name, content, tmp_path, c
     assert not (tmp_path / "class").exists()
 
 
-def test_a_damaged_row_keeps_what_was_found_before(tmp_path, capsys):
+def test_a_damaged_file_is_named_and_keeps_what_was_found_before_it(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
     with RetrievalServer() as server:
-        write_jsonl(tmp_path / "x.jsonl", server)
-        (tmp_path / "deep").mkdir()
-        with (tmp_path / "x.jsonl").open("a") as file:
-            file.write('{"caption": "a cat", "url": \n')
-        status, _, err = run(capsys, tmp_path / "class", "--dataset", tmp_path / "x.jsonl", "--num_class_images", 20)
-    assert status == 1 and str(tmp_path / "x.jsonl") in err
+        write_parquet(tmp_path / "data" / "0.parquet", server)
+        damaged = (tmp_path / "data" / "0.parquet").read_bytes()
+        (tmp_path / "data" / "1.parquet").write_bytes(damaged[:200] + bytes(len(damaged) - 400) + damaged[-200:])
+        flags = ["--dataset", tmp_path / "data", "--num_class_images", 20]
+        status, _, err = run(capsys, tmp_path / "class", *flags)
+    assert status == 1 and f"dataset {tmp_path / 'data'}: reading it failed" in err and "9 of 20 images" in err
+    assert len(read_class_folder(tmp_path / "class")) == 9
 
 
 def test_an_unreachable_hub_is_explained(monkeypatch):

@@ -71,7 +71,12 @@ class CaptionedDataset:
         if self._opened is None:
             if not self.is_local:
                 self._check_hub()
-            self._opened = self._open()
+            try:
+                self._opened = self._open()
+            except SourceError:
+                raise
+            except Exception as error:  # looking at the first row read a damaged file
+                raise SourceError(f"--dataset: reading {self.name_or_path} failed: {_first_line(error)}") from error
 
     def _check_hub(self):
         import httpx
