@@ -50,14 +50,9 @@ def _problems(args):
 if __name__ == "__main__":
     args = parse_args()
 
-import torch
-
 from custom_diffusion.base_model import base_of, base_tensors, check_shapes, empty_unet, read_concept
-from custom_diffusion.low_rank import Decomposition, changes, decompose, rank_summary
-from custom_diffusion.weights import ConceptWeights, whole_folder, write_weights
-
-# Rounding the factors to half changes a delta by 3e-4 of itself, leaving out singular values by ten to thousand times that.
-DTYPE = torch.float16
+from custom_diffusion.low_rank import Decomposition, changes, decompose, rank_summary, stored_dtype
+from custom_diffusion.weights import ConceptWeights, LowRankDelta, whole_folder, write_weights
 
 
 def main(args: argparse.Namespace) -> None:
@@ -84,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
 def compress(
     weights: ConceptWeights, decompositions: dict[str, Decomposition], *, energy: float | None, rank: int | None
 ) -> ConceptWeights:
-    """The weights as low-rank changes of the base model's, in half precision. Biases and tokens stay whole.
+    """The weights as low-rank changes of the base model's, in `stored_dtype`. Biases and tokens stay whole.
 
     Args:
         energy: share of the sum of singular values to keep in each matrix; None: `rank` of them.
@@ -92,7 +87,8 @@ def compress(
     deltas = {}
     for name, parts in decompositions.items():
         delta = parts.truncated(rank if energy is None else parts.rank_for(energy, power=1))
-        deltas[name] = type(delta)(delta.up.to(DTYPE), delta.down.to(DTYPE))
+        dtype = stored_dtype(energy)
+        deltas[name] = LowRankDelta(delta.up.to(dtype), delta.down.to(dtype))
     biases = {name: tensor for name, tensor in weights.tensors.items() if tensor.dim() == 1}
     config = weights.config | {"compressed": {"energy": energy} if rank is None else {"rank": rank}}
     return ConceptWeights(biases, weights.tokens, config, deltas)

@@ -64,11 +64,9 @@ import safetensors.torch
 import torch
 
 from custom_diffusion.base_model import base_of, base_tensors, check_shapes, empty_unet, load_pipeline, read_concept
-from custom_diffusion.low_rank import Decomposition, changes, decompose, rank_summary
+from custom_diffusion.low_rank import Decomposition, changes, decompose, rank_summary, stored_dtype
 from custom_diffusion.models import ModelSource
 from custom_diffusion.weights import ConceptWeights, load_custom_diffusion, whole_folder
-
-DTYPE = torch.float16  # what LoRA files come in; the rounding is 3e-4 of the change
 
 
 def main(args: argparse.Namespace) -> None:
@@ -102,7 +100,7 @@ def main(args: argparse.Namespace) -> None:
 def lora_state(
     decompositions: dict[str, Decomposition], *, rank: int | None, share: float | None
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """A LoRA in the names that A1111, ComfyUI, Forge and diffusers read, half precision, and the rank of each layer.
+    """A LoRA in the names that A1111, ComfyUI, Forge and diffusers read, and the rank of each layer.
 
     Args:
         rank: the same for every layer, or None: the smallest that keep `share` of the squared singular values.
@@ -112,8 +110,8 @@ def lora_state(
         delta = parts.truncated(rank or parts.rank_for(share, power=2))
         ranks.append(delta.up.shape[1])
         key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
-        state[f"{key}.lora_up.weight"] = delta.up.to(DTYPE).contiguous()
-        state[f"{key}.lora_down.weight"] = delta.down.to(DTYPE).contiguous()
+        state[f"{key}.lora_up.weight"] = delta.up.to(stored_dtype(share)).contiguous()
+        state[f"{key}.lora_down.weight"] = delta.down.to(stored_dtype(share)).contiguous()
         state[f"{key}.alpha"] = torch.tensor(float(ranks[-1]))  # programs scale by alpha / rank
     return state, ranks
 

@@ -64,8 +64,6 @@ def caption_file(path: str) -> Path:
 if __name__ == "__main__":
     args = parse_args()
 
-from dataclasses import dataclass
-
 import torch
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
@@ -78,6 +76,7 @@ from custom_diffusion.base_model import (
     load_text_encoder,
     read_concept,
 )
+from custom_diffusion.constraints import Constraints, LayerReport, drop_equal_rows
 from custom_diffusion.low_rank import full_tensors
 from custom_diffusion.weights import ConceptWeights, whole_folder, write_weights
 
@@ -90,72 +89,6 @@ SENTENCES = (
     "an old {} with flowers", "a {} made of paper", "close up of a white {}", "a black and red {} in the snow",
     "a child looks at the {}", "a drawing of a {}, in the style of a comic", "my {} under a tree, in the morning light",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """How well one matrix was merged.
-
-    Attributes:
-        residual: largest |W C' - V'| relative to the largest |V'|.
-        change: ||(W - W0) C_reg'|| / ||W0 C_reg'||, of the ordinary captions.
-        conditioning: of D C' in the paper's notation.
-    """
-
-    residual: float
-    change: float
-    conditioning: float
-
-
-class Constraints:
-    """The text features that all layers share, and what solving with them takes, in float64.
-
-    With C_reg the (n, d) features of ordinary captions and C the (s, d) features of the concepts' words, it holds the Cholesky
-    factor L of C_reg' C_reg and the QR factors of L^-1 C'. A ridge is added where C_reg lacks full rank.
-
-    Args:
-        regularisation: C_reg' C_reg, (d, d) float64.
-        words: C, (s, d) float64, without equal rows.
-    Attributes:
-        rank: of C_reg.
-    Raises:
-        ValueError: more words than dimensions, so that nothing can satisfy all.
-    """
-
-    def __init__(self, regularisation: torch.Tensor, words: torch.Tensor):
-        if len(words) > words.shape[1]:
-            raise ValueError(f"{len(words)} constraints for {words.shape[1]} text features")
-        self.words = words
-        self.regularisation = regularisation
-        eigenvalues = torch.linalg.eigvalsh(regularisation)
-        self.rank = int((eigenvalues > 1e-12 * eigenvalues[-1]).sum())
-        metric = regularisation
-        if self.rank < len(metric):
-            metric = metric + 1e-8 * eigenvalues[-1].clamp(min=1e-30) * torch.eye(len(metric), dtype=metric.dtype)
-        self.cholesky = torch.linalg.cholesky(metric)
-        whitened = torch.linalg.solve_triangular(self.cholesky, words.T, upper=False)  # (d, s)
-        self.q, self.r = torch.linalg.qr(whitened)
-        self.conditioning = float(torch.linalg.cond(self.r)) ** 2  # D C' = R' R
-
-    def merge(self, base: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, LayerReport]:
-        """W = W0 + (V' - W0 C') (D C')^-1 D, the closest to W0 on C_reg with W C' = V'.
-
-        Args:
-            base: W0, (out, d). targets: V, (s, out), what the concepts' words must give.
-        Returns:
-            W (out, d) float64, and how well it does.
-        Source: Custom Diffusion, equations 4-5 and appendix B; D = C (C_reg' C_reg)^-1. Solved by QR of L^-1 C', since
-            (D C')^-1 D = R^-1 Q' L^-1, which does not square the conditioning.
-        """
-        base, targets = base.double(), targets.double()
-        errors = targets.T - base @ self.words.T  # (out, s)
-        steps = torch.linalg.solve_triangular(self.r, errors, upper=True, left=False) @ self.q.T  # (out, d)
-        change = torch.linalg.solve_triangular(self.cholesky, steps, upper=False, left=False)
-        merged = base + change
-        residual = (merged @ self.words.T - targets.T).abs().max() / targets.abs().max()
-        before = (base @ self.regularisation * base).sum()
-        moved = (change @ self.regularisation * change).sum() / before
-        return merged, LayerReport(float(residual), float(moved.clamp(min=0).sqrt()), self.conditioning)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -342,15 +275,6 @@ def concept_words(
             first = next((i for i, token_id in enumerate(ids) if token_id in own_ids), len(ids))
             rows += list(features[first:])
     return drop_equal_rows(torch.stack(rows))
-
-
-def drop_equal_rows(rows: torch.Tensor, tolerance: float = 1e-5) -> torch.Tensor:
-    """(s, d) -> those rows that differ from every earlier one by more than float32 rounding."""
-    kept = []
-    for row in rows:
-        if all((row - other).norm() > tolerance * other.norm() for other in kept):
-            kept.append(row)
-    return torch.stack(kept)
 
 
 def merge_layers(

@@ -60,7 +60,7 @@ BAD = [
     (["export", "cat", "--to", "lora", "--output", "new", "--revision", "main"], "--revision: needs --model"),
     (["compress", "cat", "--output", "new", "--energy", "1.5"], "--energy: 1.5 must be above 0"),
     (["compress", "cat", "--output", "file.txt"], "--output: 'file.txt' is a file"),
-    (["compress", "cat", "--output", "file.txt/new"], "--output: 'file.txt' is a file"),
+    (["compress", "cat", "--output", "file.txt/new"], "file.txt' is a file; choose another place"),
     (["merge", "cat", "--output", "new"], "weights: one folder has nothing to merge with"),
     (["merge", "cat", "lost", "--output", "new"], "weights: 'lost' lacks the embedding"),
     (["merge", "cat", "faces", "--output", "new"], "weights: 'faces' has trained"),

@@ -64,7 +64,7 @@ def test_webui_files_hold_the_same(concept, picture, tiny_model, tmp_path):
     assert files == ["Lora/my-cat.safetensors", "embeddings/new1.safetensors"]
     lora = safetensors.torch.load_file(tmp_path / "my-cat" / "Lora" / "my-cat.safetensors")
     # The names of kohya's trainer, which A1111, Forge and ComfyUI map to their own modules.
-    name = r"lora_unet_(down_blocks_0|up_blocks_1)_attentions_[0-9]_transformer_blocks_0_attn2_to_[kv]"
+    name = r"lora_unet_(down_blocks_0|mid_block|up_blocks_1)_attentions_[0-9]_transformer_blocks_0_attn2_to_[kv]"
     assert all(re.fullmatch(rf"{name}\.(lora_up\.weight|lora_down\.weight|alpha)", key) for key in lora)
     assert all(
         lora[k].item() == lora[k.replace("alpha", "lora_down.weight")].shape[0] for k in lora if k.endswith("alpha")

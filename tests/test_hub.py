@@ -10,11 +10,12 @@ from argparse import Namespace
 import pytest
 import torch
 from hub_server import READ_TOKEN, TOKEN, HubServer
-from launch import PLAIN, ROOT, run_ok
+from launch import PLAIN, ROOT, run
 from tiny import make_model, make_pictures
 
 from custom_diffusion import hub
 from custom_diffusion.args import InputError
+from custom_diffusion.model_card import model_card, training_command
 
 CONFIG = {
     "base_model": "tester/base",
@@ -79,7 +80,7 @@ def pushed(server, base, tmp_path_factory):
         "hub_token": TOKEN,
     }
     environment = server.environment(root / "cache", token=None) | {"HF_HUB_OFFLINE": "0"}
-    return root, run_ok(PLAIN, arguments, root, env=environment)
+    return root, run(PLAIN, arguments, root / "log.txt", environment).ok()
 
 
 def in_client(server, cache, code, **popen):
@@ -190,13 +191,13 @@ def test_a_repository_that_cannot_be_written_is_refused_in_one_line(local_hub, n
 def test_unreachable_hub_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with pytest.raises(InputError, match="--push_to_hub: cannot reach the Hub at http://127.0.0.1:9") as raised:
+    with pytest.raises(InputError, match="--push_to_hub: cannot reach the Hub at http:") as raised:
         hub.make_repository("my-cat", TOKEN)
     assert "\n" not in str(raised.value)
 
 
 def test_local_base_model_is_left_out_where_the_hub_refuses_it(local_hub, tmp_path, capsys):
-    card = hub.model_card("tester/x", CONFIG | {"base_model": str(tmp_path)}, [])
+    card = model_card("tester/x", CONFIG | {"base_model": str(tmp_path)}, [])
     assert card.data.base_model == str(tmp_path)
     hub.write_card(tmp_path, card)
     assert "base_model" in capsys.readouterr().err
@@ -204,7 +205,7 @@ def test_local_base_model_is_left_out_where_the_hub_refuses_it(local_hub, tmp_pa
 
 
 def test_card_names_every_concept():
-    card = str(hub.model_card("tester/x", CONFIG, [("samples/final-0.png", "<new1> cat")]))
+    card = str(model_card("tester/x", CONFIG, [("samples/final-0.png", "<new1> cat")]))
     assert "| `photo of a <new1> cat` | `<new1>` |\n| `photo of a <new2> wooden pot` | `<new2>` |" in card
     assert "weight_name='<new1>.bin'" in card and "weight_name='<new2>.bin'" in card
 
@@ -214,8 +215,8 @@ def test_training_command_keeps_everything_but_the_token(given, monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     argv = ["train_custom_diffusion.py", "--instance_prompt", "photo of a <new1> cat", *given, "--hub_model_id", "a/b"]
     expected = "python train_custom_diffusion.py --instance_prompt 'photo of a <new1> cat' --hub_model_id a/b"
-    assert hub.training_command(argv) == expected
+    assert training_command(argv) == expected
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     monkeypatch.setenv("WORLD_SIZE", "2")
     launcher = "accelerate launch --mixed_precision fp16 --num_processes 2"
-    assert hub.training_command(argv) == expected.replace("python", launcher)
+    assert training_command(argv) == expected.replace("python", launcher)
