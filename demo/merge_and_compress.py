@@ -2,8 +2,8 @@
 # Copyright 2026 The Custom Diffusion trainer authors. Licensed under the Apache License, Version 2.0.
 """What merging and compressing cost, measured on the small model: `python demo/merge_and_compress.py`.
 
-Trains two concepts apart (a teal circle with an orange edge, a magenta square with a lime edge), merges them, and compresses the
-first at several energies. Prints the tables and writes them with a plot: docs/merge_and_compress.json, docs/compression.png.
+Trains two concepts apart (a teal circle with an orange edge, a magenta square with a lime edge), merges them, compresses the
+first at several energies, and exports it as LoRAs of several ranks. Prints the tables and writes them with a plot: docs/merge_and_compress.json, docs/compression.png.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from diffusers import StableDiffusionPipeline
 from judge import Seen, check_caption, generate, see
 from PIL import Image, ImageDraw
 
-from custom_diffusion import load_custom_diffusion
+from custom_diffusion import load_custom_diffusion, unload_custom_diffusion
 from custom_diffusion.base_model import base_tensors, empty_unet
 from custom_diffusion.low_rank import full_tensors
 from custom_diffusion.models import ModelSource
@@ -170,6 +170,34 @@ def measure_compression(args: argparse.Namespace, judge: Judge, folder: Path) ->
     return [*rows, {"energy": 1.0, "bytes": size, "score": judge.concept_score(folder, "circle", "<new1>")}]
 
 
+def measure_lora(args: argparse.Namespace, judge: Judge, folder: Path) -> list[dict]:
+    """Difference from the full weights' pictures in grey levels, and score, of LoRAs that diffusers loads."""
+    prompts = [f"photo of a <new1> circle {place}" for place in judge.places]
+    load_custom_diffusion(judge.pipe, folder)
+    expected = generate(judge.pipe, prompts, judge.seed).astype(float)
+    unload_custom_diffusion(judge.pipe)
+    rows = []
+    for flag, value in (("rank", "1"), ("rank", "2"), ("rank", "4"), ("rank", "8"), ("share", "0.99"), ("share", "1")):
+        output = args.work_dir / f"lora-{flag}-{value}"
+        if not output.exists():
+            run("-m", "custom_diffusion.export", str(folder), "--to", "lora", f"--{flag}", value, "--model", str(args.model),
+                "--output", str(output))  # fmt: skip
+        judge.pipe.load_lora_weights(output)
+        judge.pipe.load_textual_inversion(output, weight_name="<new1>.safetensors")
+        images = generate(judge.pipe, prompts, judge.seed)
+        judge.pipe.unload_lora_weights()
+        judge.pipe.unload_textual_inversion("<new1>")
+        difference = np.abs(images - expected)
+        rows.append({
+            "lora": f"--{flag} {value}",
+            "bytes": (output / "pytorch_lora_weights.safetensors").stat().st_size,
+            "mean difference": float(difference.mean()),
+            "largest difference": float(difference.max()),
+            "score": 100 * float(np.mean([likeness(see(image), LOOKS["circle"]) for image in images])),
+        })  # fmt: skip
+    return rows
+
+
 def plot(rows: list[dict], path: Path) -> None:
     """Score against size; a label per energy."""
     width, height, margin = 640, 360, 60
@@ -217,6 +245,7 @@ def main() -> None:
     results = {
         "merge": measure_merge(args, judge, folders),
         "compress": measure_compression(args, judge, folders["circle"]),
+        "lora": measure_lora(args, judge, folders["circle"]),
     }
     args.docs.mkdir(exist_ok=True)
     (args.docs / "merge_and_compress.json").write_text(json.dumps(results, indent=2) + "\n")
