@@ -44,7 +44,7 @@ def token_problems(
     problems = []
     vocabulary = tokenizer.get_vocab()
     for modifier, initializer in pairs:
-        if modifier in vocabulary:
+        if modifier in vocabulary or f"{modifier}</w>" in vocabulary:  # </w> ends a word
             problems.append(f"--modifier_token: the tokenizer already has {modifier!r}; choose another, like '<new1>'")
         ids = tokenizer(initializer, add_special_tokens=False).input_ids
         if len(ids) != 1:
@@ -54,6 +54,14 @@ def token_problems(
             )
     extended = copy.deepcopy(tokenizer)
     extended.add_tokens([modifier for modifier, _ in pairs])
+    for modifier, _ in pairs:
+        if modifier not in vocabulary and (read := extended.tokenize(modifier)) != [modifier]:
+            problems.append(
+                f"--modifier_token: the tokenizer reads {modifier!r} as {' '.join(read)!r}; write for example '<new1>', "
+                "in lower case"
+            )
+    if problems:
+        return problems
     for prompt in instance_prompts:
         wanted = {modifier for modifier, _ in pairs if modifier in prompt}
         for prefix in PROMPT_PREFIXES:
