@@ -21,7 +21,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import concept
 import contact_sheet
+import diffusers
 import numpy as np
+import transformers
 from diffusers import StableDiffusionPipeline
 from judge import generate
 from PIL import Image
@@ -43,8 +45,8 @@ ROWS = (  # of the contact sheet: what is asked of the model before, and after
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
-    parser.add_argument("--learning_rate", type=float, default=1e-4, help="times batch size and prior")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps")
+    parser.add_argument("--learning_rate", type=float, default=5e-4, help="times batch size and prior")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--without_prior", action="store_true", help="train on the photos alone")
     return parser.parse_args()
@@ -72,7 +74,7 @@ def train(output: Path, class_data_dir: Path | None, args: argparse.Namespace) -
         "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu",
         "train_custom_diffusion.py", "--pretrained_model_name_or_path", str(MODEL), "--output_dir", str(folder),
         "--instance_data_dir", str(PHOTOS), "--instance_prompt", "photo of a <new1> circle",
-        "--modifier_token", "<new1>", "--resolution", "64", "--train_batch_size", "4", "--noaug",
+        "--modifier_token", "<new1>", "--resolution", "64", "--train_batch_size", "2", "--noaug", "--cache_latents",
         "--max_train_steps", str(args.steps), "--learning_rate", str(args.learning_rate), "--scale_lr",
         "--lr_warmup_steps", "0", "--seed", str(args.seed), "--dataloader_num_workers", "0",
     ]  # fmt: skip
@@ -87,6 +89,8 @@ def train(output: Path, class_data_dir: Path | None, args: argparse.Namespace) -
 
 def load_pipeline(weights: Path | None = None) -> StableDiffusionPipeline:
     """The small model, with the trained concept in it if `weights` is given."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     pipeline = StableDiffusionPipeline.from_pretrained(ROOT / MODEL)
     pipeline.set_progress_bar_config(disable=True)
     if weights is not None:

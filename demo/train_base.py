@@ -285,6 +285,9 @@ def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     # transformers, unlike diffusers, would load the text encoder in the precision it was saved with.
     config = folder / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
+    pipeline.tokenizer.backend_tokenizer.model.save(
+        str(folder / "tokenizer")
+    )  # vocab.json, merges.txt: for transformers 4
 
 
 def main() -> None:
