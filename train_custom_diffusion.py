@@ -142,7 +142,9 @@ def main(args, concepts):
     if args.scale_lr:
         learning_rate *= samples_per_step * (2 if args.with_prior_preservation else 1)
     optimizer = make_optimizer(args, concept_model.trained_parameters(), learning_rate)
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, max_train_steps)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
+    )
     model, optimizer = accelerator.prepare(concept_model, optimizer)
     stateful = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
     if accelerator.scaler is not None:
