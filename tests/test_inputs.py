@@ -343,7 +343,7 @@ def test_tokens_that_the_tokenizer_refuses(pair, prompt, expected, tiny_model):
 REAL = {
     "resolution": ({"resolution": 66}, "--resolution: 66 is not a multiple of 4; try 64"),
     "too small": ({"resolution": 1}, "--resolution: 1 is not a multiple of 4; try 4"),
-    "token": ({"modifier_token": "cat"}, "--modifier_token: the tokenizer already has 'cat'"),
+    "token": ({"modifier_token": "cat", "instance_prompt": "photo of a cat"}, "--modifier_token: the tokenizer already has 'cat'"),
 }
 
 
