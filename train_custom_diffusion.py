@@ -114,6 +114,8 @@ def main(args, concepts):
         unet.enable_gradient_checkpointing()
         if pairs:
             text_encoder.gradient_checkpointing_enable()
+    if args.compile_unet:
+        unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
     concept_model = ConceptModel(unet, text_encoder, tokenizer, [token for token, _ in pairs]).train()
     if checkpoint is not None:
         concept_model.load_trained(checkpoint.weights)

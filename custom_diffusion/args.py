@@ -353,4 +353,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="Encode each class image once and each photo from a fixed pool of augmentations: faster, less variety.",
     )
     add("--augmentations_per_image", type=int, default=32, help="Size of that pool, per photo.")
+    add(
+        "--compile_unet",
+        action="store_true",
+        help="Compile the UNet's transformer blocks: a minute or so at the start, then fewer kernels a step.",
+    )
     return parser
