@@ -44,6 +44,7 @@ from custom_diffusion.checkpoints import (
     read_checkpoint,
     read_latest_checkpoint,
     remove_old_checkpoints,
+    remove_parts,
     save_checkpoint,
 )
 from custom_diffusion.data import BatchPlan, SampleSettings, TrainingSamples, make_dataloader
@@ -86,6 +87,8 @@ def main(args, concepts):
         raise InputError(*problems)
     settings = run_settings(args, concepts, accelerator.mixed_precision)
     checkpoint = find_resume(accelerator, args, settings)
+    if accelerator.is_main_process:
+        remove_parts(output_dir)
     repo_id = hub.create_repository(args, accelerator) if args.push_to_hub else None
 
     # Class images

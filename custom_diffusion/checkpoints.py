@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from custom_diffusion.checkpoint_names import checkpoint_step, list_checkpoints
-from custom_diffusion.weights import ConceptWeights, read_weights, save_state, whole_folder, write_weights
+from custom_diffusion.weights import PART, ConceptWeights, read_weights, save_state, whole_folder, write_weights
 
 MANIFEST_NAME = "checkpoint.json"
 STATE_NAME = "training_state.pt"
@@ -40,8 +40,6 @@ class Checkpoint:
 
 def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, unet, formats: tuple[str, ...]) -> Path:
     """Write `checkpoint-N`, whole or not at all. `unet` and `formats` as in `write_weights`."""
-    for rest in output_dir.glob(".checkpoint-*"):  # of a run that was killed while it saved
-        shutil.rmtree(rest, ignore_errors=True)
     path = output_dir / f"checkpoint-{checkpoint.step}"
     with whole_folder(path) as folder:
         write_weights(folder, checkpoint.weights, unet, formats)
@@ -66,10 +64,19 @@ def remove_old_checkpoints(newest: Path, limit: int | None) -> None:
     own = [path for path in list_checkpoints(newest.parent) if (path / MANIFEST_NAME).is_file()]
     for path in [path for path in own if checkpoint_step(path) <= checkpoint_step(newest)][:-limit]:
         # Out of sight first: a checkpoint that is half removed must not look like a checkpoint.
-        doomed = path.with_name(f".{path.name}.removed")
+        doomed = path.with_name(f".{path.name}{PART}")
         shutil.rmtree(doomed, ignore_errors=True)
         path.replace(doomed)
         shutil.rmtree(doomed)
+
+
+def remove_parts(output_dir: Path) -> None:
+    """Remove what a run left that was killed while it wrote or removed something."""
+    for path in [*output_dir.glob(f".*{PART}"), *output_dir.glob(f"*/.*{PART}")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

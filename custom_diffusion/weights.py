@@ -22,6 +22,7 @@ from custom_diffusion.attention import cross_attention_names
 WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
 DELTAS_NAME = "custom_diffusion_deltas.safetensors"
 CONFIG_NAME = "custom_diffusion_config.json"
+PART = ".part"  # ends the hidden names of what is being written or removed
 _KEY = re.compile(
     r"(?P<attention>.+\.attn2)\.processor\.(?P<projection>to_[qkv]|to_out)_custom_diffusion"
     r"(?P<index>\.0)?\.(?P<name>weight|bias)"
@@ -161,7 +162,7 @@ def _save_safetensors(state, path):
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the place of `path` when the block ends without an exception."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
     os.close(handle)
     temporary = Path(temporary)
     try:
@@ -191,7 +192,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     An earlier `path` stays until then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART))
     try:
         yield temporary
         for file in temporary.rglob("*"):
@@ -200,7 +201,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
         if path.exists():
-            replaced = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            replaced = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART))
             path.replace(replaced)
             temporary.replace(path)
             shutil.rmtree(replaced)

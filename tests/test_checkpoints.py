@@ -89,12 +89,21 @@ def test_a_failed_save_keeps_the_earlier_checkpoint_of_that_step(save, tmp_path,
     assert names(tmp_path) == ["checkpoint-1"]
 
 
-def test_the_next_save_clears_what_a_killed_one_left(save, tmp_path):
-    for name in (".checkpoint-2.abc", ".checkpoint-1.removed", ".checkpoint-2.old.xyz"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "rest").touch()
-    save(3)
-    assert names(tmp_path) == ["checkpoint-3"]
+def test_what_a_killed_run_left_is_removed(save, tmp_path, monkeypatch):
+    for step in (1, 2):
+        save(step)
+    with monkeypatch.context() as killed:
+        killed.setattr(checkpoints.shutil, "rmtree", lambda *_, **__: None)
+        remove_old_checkpoints(tmp_path / "checkpoint-2", 1)
+        with pytest.raises(OSError, match="killed"), whole_folder(tmp_path / "checkpoint-3") as folder:
+            (folder / "half").touch()
+            raise OSError("killed")
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / ".step.png.1.part").touch()
+    assert len(list(tmp_path.glob(".*"))) == 2
+    checkpoints.remove_parts(tmp_path)
+    assert names(tmp_path) == ["checkpoint-2", "samples"]
+    assert names(tmp_path / "samples") == []
 
 
 # Rotation

@@ -4,7 +4,6 @@ import launch
 import pytest
 from PIL import Image
 
-from custom_diffusion.checkpoints import read_checkpoint
 from custom_diffusion.concepts import Concept
 from custom_diffusion.prior import missing_pictures, share_of
 
@@ -89,14 +88,12 @@ def test_other_flags_with_two_processes(changes, run_arguments, tmp_path, traine
 
 @pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_half_precision_with_two_processes_stays_near_one(precision, run_arguments, tmp_path, trained_difference):
-    arguments = run_arguments | {"mixed_precision": precision, "freeze_model": "crossattn", "checkpointing_steps": 5}
+    arguments = run_arguments | {"mixed_precision": precision, "freeze_model": "crossattn"}
     whole = arguments | {"output_dir": tmp_path / "one", "train_batch_size": 4}
     launch.Run(launch.FORKED, whole, tmp_path / "log").ok()
     for run in launch.run_group(2, arguments | {"output_dir": tmp_path / "two"}, tmp_path / "log2"):
         run.ok()
     assert trained_difference(tmp_path / "one", tmp_path / "two") < 1e-3  # of values that moved by up to 5e-3
-    state = read_checkpoint(tmp_path / "two" / "checkpoint-5").state
-    assert ("scaler" in state) == (precision == "fp16")
 
 
 # Class images
