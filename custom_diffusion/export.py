@@ -105,14 +105,18 @@ def lora_state(
     Args:
         rank: the same for every layer, or None: the smallest that keep `share` of the squared singular values.
     """
-    state, ranks = {}, []
-    for name, parts in decompositions.items():
-        delta = parts.truncated(rank or parts.rank_for(share, power=2))
-        ranks.append(delta.up.shape[1])
+    deltas = {n: parts.truncated(rank or parts.rank_for(share, power=2)) for n, parts in decompositions.items()}
+    ranks = [delta.up.shape[1] for delta in deltas.values()]
+    # Programs scale by alpha / rank. Of several alphas diffusers 0.42 applies the most frequent to all layers, so there is
+    # one, and what it would scale wrongly is taken out of the factors.
+    alpha = float(max(ranks))
+    state = {}
+    for (name, delta), layer_rank in zip(deltas.items(), ranks):
+        up = delta.up * (layer_rank / alpha)
         key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
-        state[f"{key}.lora_up.weight"] = delta.up.to(stored_dtype(share)).contiguous()
+        state[f"{key}.lora_up.weight"] = up.to(stored_dtype(share)).contiguous()
         state[f"{key}.lora_down.weight"] = delta.down.to(stored_dtype(share)).contiguous()
-        state[f"{key}.alpha"] = torch.tensor(float(ranks[-1]))  # programs scale by alpha / rank
+        state[f"{key}.alpha"] = torch.tensor(alpha)
     return state, ranks
 
 

@@ -42,8 +42,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=ROOT / "demo/model")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "demo/output/tools", help="what is there is used again")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
-    parser.add_argument("--learning_rate", type=float, default=1e-4, help="times batch size and prior")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps")
+    parser.add_argument("--learning_rate", type=float, default=5e-4, help="times batch size and prior")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--pictures_per_place", type=int, default=4, help="of the concept on each background, for a score"
