@@ -155,6 +155,7 @@ def _forkserver():
 
 
 def _run_script(arguments, log, env):
+    multiprocessing.set_start_method("fork", force=True)  # for DataLoader's workers, as in a process that was not forked
     os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
