@@ -143,7 +143,7 @@ def test_no_launcher_leaves_a_run_behind(number, command, arguments, tmp_path):
 
 
 def _command_lines():
-    return subprocess.run(["ps", "-eo", "args="], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(["ps", "-eww", "-o", "args="], capture_output=True, text=True, check=True).stdout
 
 
 def test_a_signal_to_one_process_stops_all_of_them(arguments, tmp_path):
