@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from custom_diffusion.checkpoint_names import checkpoint_step, list_checkpoints
-from custom_diffusion.weights import PART, ConceptWeights, read_weights, save_state, whole_folder, write_weights
+from custom_diffusion.files import PART, save_state, whole_folder
+from custom_diffusion.weights import ConceptWeights, read_weights, write_weights
 
 MANIFEST_NAME = "checkpoint.json"
 STATE_NAME = "training_state.pt"

@@ -51,8 +51,9 @@ if __name__ == "__main__":
     args = parse_args()
 
 from custom_diffusion.base_model import base_of, base_tensors, check_shapes, empty_unet, read_concept
+from custom_diffusion.files import whole_folder
 from custom_diffusion.low_rank import Decomposition, changes, decompose, rank_summary, stored_dtype
-from custom_diffusion.weights import ConceptWeights, LowRankDelta, whole_folder, write_weights
+from custom_diffusion.weights import ConceptWeights, LowRankDelta, write_weights
 
 
 def main(args: argparse.Namespace) -> None:

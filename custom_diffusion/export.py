@@ -64,9 +64,10 @@ import safetensors.torch
 import torch
 
 from custom_diffusion.base_model import base_of, base_tensors, check_shapes, empty_unet, load_pipeline, read_concept
+from custom_diffusion.files import whole_folder
 from custom_diffusion.low_rank import Decomposition, changes, decompose, rank_summary, stored_dtype
 from custom_diffusion.models import ModelSource
-from custom_diffusion.weights import ConceptWeights, load_custom_diffusion, whole_folder
+from custom_diffusion.weights import ConceptWeights, load_custom_diffusion
 
 
 def main(args: argparse.Namespace) -> None:

@@ -76,7 +76,8 @@ if __name__ == "__main__":
 import torch
 
 from custom_diffusion.base_model import base_of, load_pipeline, read_concept
-from custom_diffusion.weights import load_custom_diffusion, whole_file
+from custom_diffusion.files import whole_file
+from custom_diffusion.weights import load_custom_diffusion
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

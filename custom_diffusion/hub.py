@@ -152,7 +152,7 @@ def upload(folder: Path, repo_id: str, config: dict, token: str | None) -> bool:
 
 def write_card(folder: Path, card: ModelCard) -> None:
     """Write README.md. A local folder as base model is left out of its metadata if the Hub does not take it."""
-    from custom_diffusion.weights import whole_file
+    from custom_diffusion.files import whole_file
 
     try:
         card.validate()

@@ -77,8 +77,9 @@ from custom_diffusion.base_model import (
     read_concept,
 )
 from custom_diffusion.constraints import Constraints, LayerReport, drop_equal_rows
+from custom_diffusion.files import whole_folder
 from custom_diffusion.low_rank import full_tensors
-from custom_diffusion.weights import ConceptWeights, whole_folder, write_weights
+from custom_diffusion.weights import ConceptWeights, write_weights
 
 # Above these, a merge is suspect: features that nearly depend on one another force large changes elsewhere.
 MAX_CONDITIONING = 1e10

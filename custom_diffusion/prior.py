@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 
 from custom_diffusion.concepts import Concept, find_pictures
 from custom_diffusion.data import PRIOR, random_stream
+from custom_diffusion.files import whole_file
 from custom_diffusion.interruption import RunStopped, StopSignals
 from custom_diffusion.models import ModelSource
 from custom_diffusion.retrieval.folder import read_class_folder
-from custom_diffusion.weights import whole_file
 
 
 def class_images(concept: Concept, num_class_images: int, real_prior: bool) -> list[tuple[Path, str]]:

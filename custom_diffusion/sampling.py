@@ -9,8 +9,8 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusio
 from PIL import Image
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
+from custom_diffusion.files import whole_file
 from custom_diffusion.models import ModelSource, load_vae
-from custom_diffusion.weights import whole_file
 
 NUM_INFERENCE_STEPS = 25
 

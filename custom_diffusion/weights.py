@@ -1,13 +1,8 @@
 """The trained folder: write it, read it, load it into a pipeline, take it out again."""
 
 import glob
-import io
 import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +13,11 @@ from accelerate.hooks import CpuOffload
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from custom_diffusion.attention import cross_attention_names
+from custom_diffusion.files import save_state, whole_file
 
 WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
 DELTAS_NAME = "custom_diffusion_deltas.safetensors"
 CONFIG_NAME = "custom_diffusion_config.json"
-PART = ".part"  # ends the hidden names of what is being written or removed
 _KEY = re.compile(
     r"(?P<attention>.+\.attn2)\.processor\.(?P<projection>to_[qkv]|to_out)_custom_diffusion"
     r"(?P<index>\.0)?\.(?P<name>weight|bias)"
@@ -148,68 +143,8 @@ def write_weights(folder: Path, weights: ConceptWeights, unet: UNet2DConditionMo
 
 
 # Both are serialised in memory first: the libraries' own writers hide why a write failed, for example on a full disk.
-def save_state(state: dict, path: Path) -> None:
-    """`torch.save`. Raises OSError if the file cannot be written."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    path.write_bytes(buffer.getbuffer())
-
-
 def _save_safetensors(state, path):
     path.write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the place of `path` when the block ends without an exception."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
-    os.close(handle)
-    temporary = Path(temporary)
-    try:
-        yield temporary
-        sync(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner may read
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to fill; it becomes `path` when the block ends without an exception.
-
-    An earlier `path` stays until then.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART))
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            sync(file)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        if path.exists():
-            replaced = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART))
-            path.replace(replaced)
-            temporary.replace(path)
-            shutil.rmtree(replaced)
-        else:
-            temporary.replace(path)
-        sync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_weights(path_or_hub_id: str | Path, **hub_options) -> ConceptWeights:

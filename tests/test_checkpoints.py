@@ -18,8 +18,9 @@ from custom_diffusion.checkpoints import (
     remove_old_checkpoints,
     save_checkpoint,
 )
+from custom_diffusion.files import whole_folder
 from custom_diffusion.settings import check_resumable
-from custom_diffusion.weights import WEIGHTS_NAME, ConceptWeights, whole_folder
+from custom_diffusion.weights import WEIGHTS_NAME, ConceptWeights
 
 TENSORS = {"mid.attn2.to_k.weight": torch.arange(6.0).reshape(2, 3)}
 
