@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps")
-    parser.add_argument("--learning_rate", type=float, default=5e-4, help="times batch size and prior")
+    parser.add_argument("--learning_rate", type=float, default=5e-4, help="before --scale_lr")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--without_prior", action="store_true", help="train on the photos alone")
     return parser.parse_args()
@@ -69,14 +69,16 @@ def retrieve_class_images(output: Path) -> Path:
 def train(output: Path, class_data_dir: Path | None, args: argparse.Namespace) -> Path:
     """The folder of trained weights. Without `class_data_dir` there is no prior preservation."""
     folder = output / ("weights" if class_data_dir else "weights_without_prior")
+    # --scale_lr doubles the rate for prior preservation; without it, the same rate takes twice the number.
+    learning_rate = args.learning_rate * (1 if class_data_dir else 2)
     command = [
         "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1", "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu",
         "train_custom_diffusion.py", "--pretrained_model_name_or_path", str(MODEL), "--output_dir", str(folder),
         "--instance_data_dir", str(PHOTOS), "--instance_prompt", "photo of a <new1> circle",
         "--modifier_token", "<new1>", "--resolution", "64", "--train_batch_size", "2", "--noaug", "--cache_latents",
-        "--max_train_steps", str(args.steps), "--learning_rate", str(args.learning_rate), "--scale_lr",
-        "--lr_warmup_steps", "0", "--seed", str(args.seed), "--dataloader_num_workers", "0",
+        "--max_train_steps", str(args.steps), "--learning_rate", str(learning_rate), "--scale_lr",
+        "--lr_scheduler", "cosine", "--lr_warmup_steps", "0", "--seed", str(args.seed), "--dataloader_num_workers", "0",
     ]  # fmt: skip
     if class_data_dir:
         command += [
