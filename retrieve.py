@@ -163,7 +163,8 @@ def fill(class_prompt: str, class_data_dir: Path, sources: list, args: argparse.
         print(f"{class_data_dir} has {len(folder.rows)} images with captions; tried {collector.num_tried}")
         return True
     print("".join(f"retrieve.py: {failure}\n" for failure in failures), end="", file=sys.stderr)
-    print(_too_few(class_prompt, class_data_dir, collector, args), file=sys.stderr)
+    if collector.num_tried or not failures:
+        print(_too_few(class_prompt, class_data_dir, collector, args), file=sys.stderr)
     return False
 
 

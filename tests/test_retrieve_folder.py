@@ -65,7 +65,8 @@ class Killed(BaseException):
     pass
 
 
-def test_killed_before_any_single_step_nothing_is_lost_or_misaligned(tmp_path, monkeypatch):
+@pytest.mark.parametrize("by", ["SIGKILL", "SIGTERM"])
+def test_killed_before_any_single_step_nothing_is_lost_or_misaligned(tmp_path, monkeypatch, by):
     """Every system call of adding a picture is the last one once."""
     from pathlib import Path
 
@@ -96,7 +97,16 @@ def test_killed_before_any_single_step_nothing_is_lost_or_misaligned(tmp_path, m
             finished = False
         finally:
             monkeypatch.undo()
+        if by == "SIGTERM":
             folder.close()
+            lists = [(path / name).read_text().splitlines() for name in ("images.txt", "caption.txt", "urls.txt")]
+            assert lists == [
+                [form.format(n) for n in range(len(lists[0]))]
+                for form in ("images/{}.jpg", "caption {}", "http://x/{}")
+            ]
+            assert len(list((path / "images").iterdir())) == len(lists[0])
+        else:
+            folder.lock.close()  # as the kernel does
         kept = read_class_folder(path)
         assert kept == [(path / f"images/{n}.jpg", f"caption {n}") for n in range(len(kept))] and len(kept) >= 2
         again = ClassFolder(path, 256)

@@ -38,6 +38,7 @@ class ClassFolder:
         self.state = self.path / STATE_DIR
         self.min_size = min_size
         self.lock = None
+        self._unsettled = False
         self._load()
 
     def _load(self):
@@ -98,6 +99,20 @@ class ClassFolder:
         (self.path / "images").mkdir(parents=True, exist_ok=True)
         self.state.mkdir(exist_ok=True)
         self.lock = _lock(self.state / "lock", self.path)
+        self._unsettled = True
+        self._settle()
+
+    def close(self):
+        """Let other processes fill the folder; a picture whose adding Ctrl-C or SIGTERM interrupted is listed first."""
+        try:
+            if self._unsettled:
+                self._settle()
+        finally:
+            if self.lock is not None:
+                self.lock.close()
+
+    def _settle(self):
+        """Finish what was begun, and list what counts."""
         if (self.state / "lists").is_dir():
             self._move_lists()
         shutil.rmtree(self.state / "lists.new", ignore_errors=True)
@@ -105,11 +120,7 @@ class ClassFolder:
         recovered = self._recover_last()
         if recovered or self.dropped:
             self._commit()
-
-    def close(self):
-        """Let other processes fill the folder."""
-        if self.lock is not None:
-            self.lock.close()
+        self._unsettled = False
 
     def _recover_last(self) -> bool:
         """Take up the picture that a killed run had journaled but not yet listed."""
@@ -139,6 +150,7 @@ class ClassFolder:
             number += 1
         name = f"images/{number}.jpg"
         part = self.state / "part.jpg"
+        self._unsettled = True
         part.write_bytes(jpeg)
         # From this line on, a kill loses nothing: `_recover_last` finishes the rest.
         self._journal(
@@ -149,6 +161,7 @@ class ClassFolder:
         self.rows.append((name, caption, url))
         self.fingerprints.update(fingerprints)
         self._commit()
+        self._unsettled = False
 
     def turn_down(self, url: str, reason: str):
         """Remember a candidate that will never do."""
