@@ -29,7 +29,6 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     ProjectConfiguration,
-    broadcast_object_list,
     send_to_device,
     set_seed,
 )
@@ -38,24 +37,31 @@ from tqdm.auto import tqdm
 
 from custom_diffusion import hub
 from custom_diffusion.attention import install_trained_projections
-from custom_diffusion.checkpoint_names import find_checkpoint, list_checkpoints
 from custom_diffusion.checkpoints import (
     Checkpoint,
-    read_checkpoint,
-    read_latest_checkpoint,
+    find_resume,
+    last_good,
     remove_old_checkpoints,
     remove_parts,
+    restore,
     save_checkpoint,
 )
 from custom_diffusion.data import BatchPlan, SampleSettings, TrainingSamples, make_dataloader
-from custom_diffusion.interruption import RunStopped, StepReports, StopSignals
+from custom_diffusion.interruption import (
+    RunStopped,
+    StepReports,
+    StopSignals,
+    interrupted_message,
+    not_finite_message,
+    write_together,
+)
 from custom_diffusion.latents import LatentEncoder
 from custom_diffusion.models import ConceptModel, ModelSource, cast_frozen, check_model, load_models, load_tokenizer
 from custom_diffusion.objective import custom_diffusion_loss, prediction_target
 from custom_diffusion.prior import class_images, generate_class_images
 from custom_diffusion.readback import predicts_numbers, read_back
 from custom_diffusion.sampling import Sampler, log_samples, save_samples
-from custom_diffusion.settings import check_resumable, run_settings, weights_config
+from custom_diffusion.settings import run_settings, weights_config
 from custom_diffusion.tokens import add_modifier_tokens, token_problems
 from custom_diffusion.weights import ConceptWeights, write_weights
 
@@ -290,40 +296,6 @@ def make_accelerator(args):
         raise InputError(f"--mixed_precision: {str(error).splitlines()[0]}") from None
 
 
-def find_resume(accelerator, args, settings):
-    """The checkpoint to resume from, as the main process finds it; None to start anew.
-
-    Raises:
-        InputError: the checkpoint is damaged, or its weights do not fit these flags.
-    """
-    if args.resume_from_checkpoint is None:
-        if there := list_checkpoints(Path(args.output_dir)):
-            logger.warning(
-                f"'{args.output_dir}' holds {there[-1].name} of an earlier run. This run starts anew; "
-                "to go on with that one, repeat the command with --resume_from_checkpoint latest"
-            )
-        return None
-    found = [None, None]  # checkpoint, problem; other machines may not see the folder
-    if accelerator.is_main_process:
-        output_dir = Path(args.output_dir)
-        try:
-            if args.resume_from_checkpoint == "latest":
-                found[0] = read_latest_checkpoint(output_dir, logger.warning)
-            else:
-                found[0] = read_checkpoint(find_checkpoint(output_dir, args.resume_from_checkpoint))
-            if found[0] is None:
-                logger.info(f"No checkpoint in '{output_dir}' yet: starting a new run")
-            else:
-                check_resumable(found[0].settings, settings, logger.warning)
-        except ValueError as error:
-            found[1] = f"--resume_from_checkpoint: {error}"
-    broadcast_object_list(found)
-    checkpoint, problem = found
-    if problem:
-        raise InputError(problem)
-    return checkpoint
-
-
 def prior_dtype(args, device):
     """--prior_generation_precision, by default half precision on a GPU."""
     return DTYPES[args.prior_generation_precision or ("fp16" if device.type == "cuda" else "no")]
@@ -368,18 +340,6 @@ def make_optimizer(args, parameters, learning_rate):
     )
 
 
-def restore(stateful, state):
-    """Load the state of optimizer, schedule and gradient scaler; rates and decays stay what the flags say."""
-    optimizer, lr_scheduler = stateful["optimizer"], stateful["lr_scheduler"]
-    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    rates = lr_scheduler.base_lrs
-    for name in stateful.keys() & state.keys():  # only --mixed_precision fp16 has a scaler
-        stateful[name].load_state_dict(state[name])
-    lr_scheduler.base_lrs = rates
-    for group, own, rate, factor in zip(optimizer.param_groups, options, rates, lr_scheduler.lr_lambdas):
-        group.update(own | {"lr": rate * factor(lr_scheduler.last_epoch)})
-
-
 def training_loss(model, batch, encoder, noise_scheduler, prior_loss_weight):
     """Total, instance and prior loss of a batch of `data.collate`, on the device."""
     latents = encoder(batch)
@@ -413,47 +373,6 @@ def log_step(accelerator, bar, report, learning_rate, step):
     if bar.format_dict["rate"]:
         values["steps_per_second"] = bar.format_dict["rate"]
     accelerator.log(values, step=step)
-
-
-def write_together(accelerator, write, output_dir):
-    """Call `write` on the main process, while the others wait.
-
-    Raises:
-        RunStopped: in all processes, if it cannot write; the message says why.
-    """
-    problem = [None]
-    if accelerator.is_main_process:
-        try:
-            write()
-        except RunStopped as stop:
-            problem[0] = str(stop)
-        except OSError as error:
-            problem[0] = f"cannot write to '{output_dir}': {error}. {last_good(output_dir)}"
-    broadcast_object_list(problem)
-    if problem[0]:
-        raise RunStopped(problem[0])
-
-
-def last_good(output_dir):
-    """How to go on from the newest whole checkpoint, as a sentence."""
-    checkpoint = read_latest_checkpoint(output_dir, logger.warning)
-    if checkpoint is None:
-        return "There is no checkpoint to go back to."
-    return f"The last good checkpoint is checkpoint-{checkpoint.step}; repeat the command with --resume_from_checkpoint latest"
-
-
-def not_finite_message(what, value, step, output_dir):
-    return (
-        f"the {what} is {value} at step {step}; nothing of it was saved. Lower --learning_rate, or use another "
-        f"--mixed_precision. {last_good(output_dir)}"
-    )
-
-
-def interrupted_message(output_dir, step):
-    return (
-        f"stopped by a signal after step {step}; saved '{output_dir / f'checkpoint-{step}'}'. "
-        "To go on, repeat the command with --resume_from_checkpoint latest"
-    )
 
 
 if __name__ == "__main__":

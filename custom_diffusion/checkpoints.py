@@ -5,6 +5,7 @@ scaler) and `checkpoint.json` (step, position, settings of the run, and a checks
 random follows from the position.
 """
 
+import argparse
 import hashlib
 import json
 import shutil
@@ -12,11 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 
-from custom_diffusion.checkpoint_names import checkpoint_step, list_checkpoints
+from custom_diffusion.args import InputError
+from custom_diffusion.checkpoint_names import checkpoint_step, find_checkpoint, list_checkpoints
 from custom_diffusion.files import PART, save_state, whole_folder
+from custom_diffusion.settings import check_resumable
 from custom_diffusion.weights import ConceptWeights, read_weights, write_weights
 
+logger = get_logger(__name__)
 MANIFEST_NAME = "checkpoint.json"
 STATE_NAME = "training_state.pt"
 
@@ -108,6 +115,60 @@ def read_latest_checkpoint(output_dir: Path, warn) -> Checkpoint | None:
         except ValueError as error:
             warn(f"skipping damaged checkpoint '{path.name}' of step {checkpoint_step(path)}: {error}")
     return None
+
+
+def find_resume(accelerator: Accelerator, args: argparse.Namespace, settings: dict) -> Checkpoint | None:
+    """The checkpoint to resume from, as the main process finds it; None to start anew.
+
+    Raises:
+        InputError: the checkpoint is damaged, or its weights do not fit these flags.
+    """
+    if args.resume_from_checkpoint is None:
+        if there := list_checkpoints(Path(args.output_dir)):
+            logger.warning(
+                f"'{args.output_dir}' holds {there[-1].name} of an earlier run. This run starts anew; "
+                "to go on with that one, repeat the command with --resume_from_checkpoint latest"
+            )
+        return None
+    found = [None, None]  # checkpoint, problem; other machines may not see the folder
+    if accelerator.is_main_process:
+        output_dir = Path(args.output_dir)
+        try:
+            if args.resume_from_checkpoint == "latest":
+                found[0] = read_latest_checkpoint(output_dir, logger.warning)
+            else:
+                found[0] = read_checkpoint(find_checkpoint(output_dir, args.resume_from_checkpoint))
+            if found[0] is None:
+                logger.info(f"No checkpoint in '{output_dir}' yet: starting a new run")
+            else:
+                check_resumable(found[0].settings, settings, logger.warning)
+        except ValueError as error:
+            found[1] = f"--resume_from_checkpoint: {error}"
+    broadcast_object_list(found)
+    checkpoint, problem = found
+    if problem:
+        raise InputError(problem)
+    return checkpoint
+
+
+def restore(stateful: dict, state: dict) -> None:
+    """Load the state of optimizer, schedule and gradient scaler; rates and decays stay what the flags say."""
+    optimizer, lr_scheduler = stateful["optimizer"], stateful["lr_scheduler"]
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    rates = lr_scheduler.base_lrs
+    for name in stateful.keys() & state.keys():  # only --mixed_precision fp16 has a scaler
+        stateful[name].load_state_dict(state[name])
+    lr_scheduler.base_lrs = rates
+    for group, own, rate, factor in zip(optimizer.param_groups, options, rates, lr_scheduler.lr_lambdas):
+        group.update(own | {"lr": rate * factor(lr_scheduler.last_epoch)})
+
+
+def last_good(output_dir: Path) -> str:
+    """How to go on from the newest whole checkpoint, as a sentence."""
+    checkpoint = read_latest_checkpoint(output_dir, logger.warning)
+    if checkpoint is None:
+        return "There is no checkpoint to go back to."
+    return f"The last good checkpoint is checkpoint-{checkpoint.step}; repeat the command with --resume_from_checkpoint latest"
 
 
 def _checksum(path):

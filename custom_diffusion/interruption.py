@@ -1,4 +1,4 @@
-"""Stopping a run at the end of a step: on SIGTERM or Ctrl-C, or because its loss is no number."""
+"""Stopping a run at the end of a step, in all processes: on SIGTERM or Ctrl-C, a loss that is no number, a full disk."""
 
 import ctypes
 import math
@@ -6,9 +6,13 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from custom_diffusion.checkpoints import last_good
 
 _PR_SET_PDEATHSIG = 1
 
@@ -101,3 +105,36 @@ class StepReports:
         loss, *_, grad_norm = numbers
         finite = math.isfinite(loss) and (self.accelerator.scaler is not None or math.isfinite(grad_norm))
         return StepReport(step, finite, *numbers, stop_signal=int(stop_signal))
+
+
+def write_together(accelerator: Accelerator, write, output_dir: Path) -> None:
+    """Call `write` on the main process, while the others wait.
+
+    Raises:
+        RunStopped: in all processes, if it cannot write; the message says why.
+    """
+    problem = [None]
+    if accelerator.is_main_process:
+        try:
+            write()
+        except RunStopped as stop:
+            problem[0] = str(stop)
+        except OSError as error:
+            problem[0] = f"cannot write to '{output_dir}': {error}. {last_good(output_dir)}"
+    broadcast_object_list(problem)
+    if problem[0]:
+        raise RunStopped(problem[0])
+
+
+def not_finite_message(what: str, value: float, step: int, output_dir: Path) -> str:
+    return (
+        f"the {what} is {value} at step {step}; nothing of it was saved. Lower --learning_rate, or use another "
+        f"--mixed_precision. {last_good(output_dir)}"
+    )
+
+
+def interrupted_message(output_dir: Path, step: int) -> str:
+    return (
+        f"stopped by a signal after step {step}; saved '{output_dir / f'checkpoint-{step}'}'. "
+        "To go on, repeat the command with --resume_from_checkpoint latest"
+    )
