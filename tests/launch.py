@@ -155,7 +155,8 @@ def _forkserver():
 
 
 def _run_script(arguments, log, env):
-    multiprocessing.set_start_method("fork", force=True)  # for DataLoader's workers, as in a process that was not forked
+    # For DataLoader's workers, as in a process that was not forked.
+    multiprocessing.set_start_method("fork", force=True)
     os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)

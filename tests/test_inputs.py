@@ -5,12 +5,15 @@ import shutil
 
 import launch
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
 from custom_diffusion.args import InputError, parse_args
 from custom_diffusion.models import ModelSource, check_model, load_tokenizer
 from custom_diffusion.tokens import token_problems
+from custom_diffusion.weights import WEIGHTS_NAME, read_weights
 
 # Seen by flags alone
 
@@ -337,13 +340,46 @@ def test_tokens_that_the_tokenizer_refuses(pair, prompt, expected, tiny_model):
     assert expected in line
 
 
+# Weights files
+
+KEY = "mid.attn2.processor.to_k_custom_diffusion.weight"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, 3, [torch.zeros(2)], {}, {1: torch.zeros(2)}, {KEY: 3}, {KEY: [1]}, {KEY: torch.tensor(1.0)}, {KEY: {}},
+     {"mid.processor": {}}, {KEY: {"a": torch.zeros(2)}}],
+    ids=repr,
+)  # fmt: skip
+def test_weights_files_of_other_things(content, tmp_path):
+    torch.save(content, tmp_path / f"{WEIGHTS_NAME}.bin")
+    with pytest.raises(ValueError, match=f"'{tmp_path}/{WEIGHTS_NAME}.bin'"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_weights_files_cut_anywhere(suffix, tmp_path):
+    path = tmp_path / f"{WEIGHTS_NAME}.{suffix}"
+    save = torch.save if suffix == "bin" else save_file
+    save({KEY: torch.arange(8.0).reshape(2, 4)}, path)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="damaged") as error:
+            read_weights(tmp_path)
+        assert "\n" not in str(error.value)
+
+
 # By the program itself
 
 
 REAL = {
     "resolution": ({"resolution": 66}, "--resolution: 66 is not a multiple of 4; try 64"),
     "too small": ({"resolution": 1}, "--resolution: 1 is not a multiple of 4; try 4"),
-    "token": ({"modifier_token": "cat", "instance_prompt": "photo of a cat"}, "--modifier_token: the tokenizer already has 'cat'"),
+    "token": (
+        {"modifier_token": "cat", "instance_prompt": "photo of a cat"},
+        "--modifier_token: the tokenizer already has 'cat'",
+    ),
 }
 
 
