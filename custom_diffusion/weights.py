@@ -204,7 +204,10 @@ def _read_state(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise many types in torch and safetensors
         raise ValueError(f"'{path}' is damaged or not a weights file ({_first_line(error)})") from None
-    if not isinstance(state, dict) or not all(isinstance(v, (torch.Tensor, dict)) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and (isinstance(v, dict) or (isinstance(v, torch.Tensor) and v.dim()))
+        for k, v in state.items()
+    ):
         raise ValueError(f"'{path}' is not a dictionary of tensors")
     return state
 
