@@ -1,0 +1,93 @@
+# ruff: noqa: E402
+"""The embedded model follows its captions, and Custom Diffusion teaches it a thing that it has no words for."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "demo"
+sys.path.insert(0, str(DEMO))
+
+import concept
+import judge
+import world
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = StableDiffusionPipeline.from_pretrained(DEMO / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def run_demo(output, *flags):
+    command = [sys.executable, str(DEMO / "demo.py"), "--output", str(output), *flags]
+    subprocess.run(command, check=True, cwd=ROOT)
+    return json.loads((output / "scores.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def with_prior(tmp_path_factory):
+    """Scores before and after, and the folder of a demo of half the steps: enough to tell, in half the time."""
+    output = tmp_path_factory.mktemp("demo")
+    return run_demo(output, "--steps", "500"), output
+
+
+@pytest.fixture(scope="module")
+def without_prior(tmp_path_factory):
+    return run_demo(tmp_path_factory.mktemp("without_prior"), "--steps", "300", "--without_prior")
+
+
+def test_embedded_model_is_small():
+    assert sum(path.stat().st_size for path in (DEMO / "model").rglob("*") if path.is_file()) <= 12e6
+
+
+def test_every_caption_word_is_one_token(pipeline):
+    for word in world.WORDS:
+        assert len(pipeline.tokenizer.tokenize(word)) == 1, word
+
+
+def test_judge_is_right_about_true_pictures():
+    rng = np.random.default_rng(7)
+    for _ in range(300):
+        thing, spec = world.random_sample(rng)
+        seen = judge.see(world.draw(thing))
+        assert seen.background == thing.background
+        assert world.hue_distance(seen.hue, thing.hue) < 4
+        assert seen.shape == thing.shape
+        assert all(judge.check_caption(seen, spec).values())
+
+
+def test_photos_show_the_concept():
+    photos = [np.asarray(Image.open(path).convert("RGB")) for path in sorted((DEMO / "photos").iterdir())]
+    assert len(photos) == 5
+    assert min(concept.likeness(judge.see(photo)) for photo in photos) > 0.95
+
+
+def test_embedded_model_follows_captions_it_never_saw(pipeline):
+    specs = world.held_out_specs()[::5]
+    right = judge.score_captions(pipeline, specs, seed=1)
+    assert right["background"] >= 95
+    assert right["color"] >= 95
+    assert right["shape"] >= 85
+
+
+def test_concept_is_learned_and_the_rest_is_kept(with_prior):
+    scores, output = with_prior
+    before, after = scores["before"], scores["after"]
+    assert after["concept"] >= before["concept"] + 30
+    assert after["concept"] >= after["leakage"] + 10
+    assert after["prior"] >= before["prior"] - 3
+    assert Image.open(output / "before_after.png").width >= 1000
+
+
+def test_without_prior_preservation_the_rest_suffers(with_prior, without_prior):
+    assert without_prior["after"]["prior"] < with_prior[0]["after"]["prior"]
+    assert without_prior["after"]["leakage"] > with_prior[0]["after"]["leakage"]
