@@ -18,6 +18,7 @@ import copy
 import errno
 import logging
 import math
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -223,6 +224,7 @@ def main(args, concepts):
     reports = StepReports(accelerator)
     bar = tqdm(total=max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
     losses = torch.zeros(3, device=accelerator.device)
+    started = time.perf_counter()
     for batch in dataloader:
         with accelerator.accumulate(model):
             batch = send_to_device(batch, accelerator.device, non_blocking=True)
@@ -246,7 +248,8 @@ def main(args, concepts):
             report = reports.latest()  # nothing is written before its losses are known
         if not report.finite:
             raise RunStopped(not_finite_message("loss", report.loss, report.step, output_dir))
-        log_step(accelerator, bar, report, lr_scheduler.get_last_lr()[0], step)
+        started, seconds = time.perf_counter(), time.perf_counter() - started
+        log_step(accelerator, bar, report, lr_scheduler.get_last_lr()[0], seconds, step)
         if stopping:
             write_together(accelerator, save, output_dir)
             raise RunStopped(interrupted_message(output_dir, step), status=128 + report.stop_signal)
@@ -268,6 +271,8 @@ def main(args, concepts):
         pictures = show(pipeline, "final", "test")
         if repo_id is not None:
             hub.share(args, output_dir, repo_id, weights_config(settings, step), pictures)
+    # DDP's reducer must go before its process group: as the last to hold a gloo group it could wait for itself forever.
+    (model,) = accelerator.free_memory(model)
     accelerator.end_training()
 
 
@@ -359,7 +364,7 @@ def print_summary(args, concepts, model, samples, samples_per_step, max_train_st
     )
 
 
-def log_step(accelerator, bar, report, learning_rate, step):
+def log_step(accelerator, bar, report, learning_rate, seconds, step):
     """Show a step's losses in the progress bar and the trackers."""
     bar.update(1)
     bar.set_postfix(loss=f"{report.loss:.4f}", lr=f"{learning_rate:.3g}")
@@ -369,9 +374,8 @@ def log_step(accelerator, bar, report, learning_rate, step):
         "prior_loss": report.prior_loss,
         "lr": learning_rate,
         "grad_norm": report.grad_norm,
+        "steps_per_second": 1 / seconds,
     }
-    if bar.format_dict["rate"]:
-        values["steps_per_second"] = bar.format_dict["rate"]
     accelerator.log(values, step=step)
 
 
