@@ -1,16 +1,19 @@
 """The guide's commands, shrunk to 64 pixels and a tiny model, through `accelerate launch`; and what they leave behind."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
-from launch import ACCELERATE, FORKED, run
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from launch import ACCELERATE, FORKED, SCRIPT, run
 from PIL import Image
 from test_weights import draw, make_pipeline
 from tiny import make_class_folder, make_pictures
 
 from custom_diffusion import load_custom_diffusion
-from custom_diffusion.weights import WEIGHTS_NAME
+from custom_diffusion.weights import WEIGHTS_NAME, read_weights
 
 COMMON = {
     "resolution": 64,
@@ -103,9 +106,6 @@ def test_validation_pictures_change_and_have_the_size(cat):
 
 def test_final_pictures_are_what_the_folder_draws(cat, tiny_model):
     """The pictures shown at the end come from the files, by the public loader."""
-    import torch
-    from diffusers import DPMSolverMultistepScheduler
-
     pipeline = make_pipeline(tiny_model)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     load_custom_diffusion(pipeline, cat)
@@ -200,3 +200,42 @@ def test_cached_latents_give_the_same_run_for_any_workers(tmp_path, tiny_model, 
         ).ok()
         written.append((out / f"{WEIGHTS_NAME}.safetensors").read_bytes())
     assert written[0] == written[1]
+
+
+SCALED = """
+import runpy, sys, torch, accelerate
+make = accelerate.Accelerator.__init__
+def with_scaler(self, *args, **kwargs):
+    make(self, *args, **kwargs)
+    self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22)  # accelerate gives one to GPUs only
+accelerate.Accelerator.__init__ = with_scaler
+sys.argv[0] = {script!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def test_fp16_with_gradient_scaling(tmp_path, tiny_model, pictures):
+    """Steps whose scaled gradients overflow are skipped, the scale falls, and the run goes on; resuming keeps the scale."""
+    script = tmp_path / "scaled.py"
+    script.write_text(SCALED.format(script=SCRIPT))
+    arguments = COMMON | {
+        "pretrained_model_name_or_path": tiny_model,
+        "instance_data_dir": pictures / "data/cat",
+        "instance_prompt": "photo of a <new1> cat",
+        "modifier_token": "<new1>",
+        "train_batch_size": 1,
+        "output_dir": tmp_path / "out",
+        "mixed_precision": "fp16",
+        "freeze_model": "crossattn",
+        "checkpointing_steps": 6,
+        "max_train_steps": 6,
+        "resume_from_checkpoint": "latest",
+    }
+    scales = []
+    for steps in (6, 12):
+        run((sys.executable, str(script)), arguments | {"max_train_steps": steps}, tmp_path / "run.log").ok()
+        state = torch.load(tmp_path / f"out/checkpoint-{steps}/training_state.pt", weights_only=True)
+        scales.append(state["scaler"]["scale"])
+    assert scales[0] < 2.0**22
+    assert scales[1] <= scales[0]
+    assert all(tensor.isfinite().all() for tensor in read_weights(tmp_path / "out").tensors.values())
