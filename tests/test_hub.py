@@ -120,6 +120,13 @@ def test_card_says_what_it_is_and_never_the_token(server, pushed):
     assert "step-000000" not in card
 
 
+def test_info_describes_a_repository_by_its_id(server, pushed, tmp_path):
+    described = in_client(server, tmp_path, [sys.executable, "-m", "custom_diffusion.info", "tester/my-cat"])
+    assert described.returncode == 0, described.stderr
+    for expected in ("tester/base", "<new1>", "photo of a <new1> cat", "crossattn_kv"):
+        assert expected in described.stdout
+
+
 def test_card_validates_and_draws_what_the_folder_draws(server, pushed, tmp_path):
     root, _ = pushed
     code = f"""
