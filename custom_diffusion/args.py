@@ -316,7 +316,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon.")
     add("--use_8bit_adam", action="store_true", help="8-bit AdamW of bitsandbytes.")
     add("--max_grad_norm", type=float, default=1.0, help="Clip the gradient norm to this.")
-    add("--set_grads_to_none", action="store_true", help="Free gradients between steps instead of zeroing them.")
+    add("--set_grads_to_none", action="store_true", help="Accepted; gradients are always freed between steps.")
 
     group = parser.add_argument_group("checkpoints and output")
     add = group.add_argument

@@ -105,9 +105,9 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def load_models(
-    source: ModelSource, weight_dtype: torch.dtype
+    source: ModelSource, weight_dtype: torch.dtype, device: torch.device
 ) -> tuple[UNet2DConditionModel, CLIPTextModel, AutoencoderKL]:
-    """Load the UNet, text encoder and VAE encoder.
+    """Load the UNet, text encoder and VAE encoder onto `device`.
 
     The VAE and all of the UNet but its cross-attention come in `weight_dtype`; what training may start from (the
     cross-attention and the text encoder) stays float32 until `cast_frozen`.
@@ -118,7 +118,7 @@ def load_models(
     read = {"revision": source.revision, "variant": source.variant}
     try:
         # The decoder goes before the UNet comes, so that it never counts in the peak of memory.
-        vae = encoder_only(load_vae(source, weight_dtype))
+        vae = encoder_only(load_vae(source, weight_dtype, device))
         text_encoder = CLIPTextModel.from_pretrained(source.path, subfolder="text_encoder", dtype=torch.float32, **read)
         unet = _UNetWithFullCrossAttention.from_pretrained(
             source.path, subfolder="unet", torch_dtype=weight_dtype, **read
@@ -127,19 +127,28 @@ def load_models(
         raise InputError(
             f"--pretrained_model_name_or_path: cannot load the weights of '{source.path}' ({_first_line(error)})"
         ) from None
-    return unet.to(memory_format=torch.channels_last), text_encoder, vae
+    return place(unet, device), text_encoder.to(device), vae
 
 
 class _UNetWithFullCrossAttention(UNet2DConditionModel):
     _keep_in_fp32_modules = ["attn2"]  # noqa: RUF012 (diffusers reads it as a class attribute)
 
 
-def load_vae(source: ModelSource, dtype: torch.dtype) -> AutoencoderKL:
-    """The whole VAE, frozen, with channels-last convolutions."""
+def place(module: nn.Module, device: torch.device) -> nn.Module:
+    """Move it to the device, with channels-last convolutions on an accelerator.
+
+    On a CPU nothing is gained by that, and the weights can stay in the mapped file without a copy.
+    """
+    module.to(device)
+    return module if device.type == "cpu" else module.to(memory_format=torch.channels_last)
+
+
+def load_vae(source: ModelSource, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
+    """The whole VAE, frozen, on the device."""
     vae = AutoencoderKL.from_pretrained(
         source.path, subfolder="vae", torch_dtype=dtype, revision=source.revision, variant=source.variant
     )
-    return vae.requires_grad_(False).to(memory_format=torch.channels_last)
+    return place(vae.requires_grad_(False), device)
 
 
 def encoder_only(vae: AutoencoderKL) -> AutoencoderKL:
@@ -196,8 +205,7 @@ class ConceptModel(nn.Module):
             (B, C, h, w) in the UNet's precision.
         """
         features = self.encode_prompts(prompts)
-        noisy_latents = noisy_latents.to(features.dtype, memory_format=torch.channels_last)
-        return self.unet(noisy_latents, timesteps, features, return_dict=False)[0]
+        return self.unet(noisy_latents.to(features.dtype), timesteps, features, return_dict=False)[0]
 
     def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
         """(B, T, D) text features of B prompts of T tokens after padding."""

@@ -42,7 +42,7 @@ class Sampler:
     ) -> StableDiffusionPipeline:
         """A pipeline over the given modules, without a safety checker. Its VAE is loaded once, if pictures are drawn."""
         if self._vae is None and self.num_images:
-            self._vae = load_vae(self.source, self.dtype).to(self.device)
+            self._vae = load_vae(self.source, self.dtype, self.device)
         pipeline = StableDiffusionPipeline(
             vae=self._vae,
             text_encoder=text_encoder,

@@ -22,7 +22,7 @@ PROMPTS = ["photo of a <new1> cat", "a <new2> pot", "photo of a cat", "a pot"]
 
 def make_concept_model(model, freeze_model="crossattn_kv", pairs=PAIRS, dtype=torch.float32):
     source = ModelSource(str(model))
-    unet, text_encoder, vae = load_models(source, dtype)
+    unet, text_encoder, vae = load_models(source, dtype, torch.device("cpu"))
     tokenizer = load_tokenizer(source)
     plain_tokenizer = copy.deepcopy(tokenizer)
     install_trained_projections(unet, freeze_model)

@@ -81,7 +81,7 @@ def plain_loss_and_gradients(model, batch, freeze_model):
 
 def our_loss_and_gradients(model, batch, freeze_model):
     source = ModelSource(str(model))
-    unet, text_encoder, vae = load_models(source, torch.float32)
+    unet, text_encoder, vae = load_models(source, torch.float32, torch.device("cpu"))
     tokenizer = load_tokenizer(source)
     scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
     install_trained_projections(unet, freeze_model)
