@@ -15,11 +15,11 @@ LABELS = {
 }
 
 
-def likeness(seen: Seen) -> float:
-    """0 to 1: half for the hue of the fill, half for that of the edge; 0 if it is no circle."""
-    if seen.shape != LOOK.shape:
+def likeness(seen: Seen, look: world.Thing = LOOK) -> float:
+    """0 to 1: half for the hue of the fill, half for that of the edge; 0 if it has another shape."""
+    if seen.shape != look.shape:
         return 0.0
-    pairs = ((seen.hue, LOOK.hue), (seen.edge_hue, LOOK.edge_hue))
+    pairs = ((seen.hue, look.hue), (seen.edge_hue, look.edge_hue))
     close = [0.0 if hue is None else max(0.0, 1.0 - world.hue_distance(hue, wanted) / FAR) for hue, wanted in pairs]
     return float(np.mean(close))
 

@@ -15,11 +15,11 @@ HERE = Path(__file__).resolve().parent
 PHOTO_BACKGROUNDS = ("white", "gray", "navy", "pink", "brown")
 
 
-def concept_photos(seed: int = 1) -> list[np.ndarray]:
+def concept_photos(look: world.Thing = LOOK, seed: int = 1) -> list[np.ndarray]:
     """Five pictures (64, 64, 3) uint8 of the concept: other places, sizes, light and backgrounds, the same look."""
     rng = np.random.default_rng(seed)
     return [
-        world.draw(world.Thing(LOOK.shape, LOOK.hue, LOOK.edge_hue, background, **world.random_pose(rng)))
+        world.draw(world.Thing(look.shape, look.hue, look.edge_hue, background, **world.random_pose(rng)))
         for background in PHOTO_BACKGROUNDS
     ]
 

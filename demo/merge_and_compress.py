@@ -23,7 +23,8 @@ import numpy as np
 import torch
 import world
 from diffusers import StableDiffusionPipeline
-from judge import Seen, check_caption, generate, see
+from judge import check_caption, generate, see
+from make_photos import concept_photos
 from PIL import Image, ImageDraw
 
 from custom_diffusion import load_custom_diffusion, unload_custom_diffusion
@@ -34,7 +35,6 @@ from custom_diffusion.weights import ConceptWeights, read_weights, write_weights
 
 LOOKS = {"circle": concept.LOOK, "square": world.Thing(shape="square", hue=322.0, edge_hue=88.0, background="white")}
 ENERGIES = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
-PHOTO_BACKGROUNDS = ("white", "gray", "navy", "pink", "brown")
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,9 +46,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=5e-4, help="times batch size and prior")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--pictures_per_place", type=int, default=4, help="of the concept on each background, for a score"
+        "--pictures_per_place", type=int, default=2, help="of the concept on each background, for a score"
     )
-    parser.add_argument("--train_only", action="store_true")
     return parser.parse_args()
 
 
@@ -62,9 +61,8 @@ def write_pictures(folder: Path, shape: str) -> None:
     """Photos of the thing, and 100 ordinary pictures of its class in the layout of `retrieve.py`."""
     look, rng = LOOKS[shape], np.random.default_rng(3)
     (folder / "photos").mkdir(parents=True, exist_ok=True)
-    for i, ground in enumerate(PHOTO_BACKGROUNDS):
-        thing = world.Thing(shape, look.hue, look.edge_hue, ground, **world.random_pose(rng))
-        Image.fromarray(world.draw(thing)).save(folder / "photos" / f"{i}.png")
+    for i, photo in enumerate(concept_photos(look, seed=3)):
+        Image.fromarray(photo).save(folder / "photos" / f"{i}.png")
     captions = []
     (folder / "class" / "images").mkdir(parents=True, exist_ok=True)
     while len(captions) < 100:
@@ -90,18 +88,11 @@ def train(args: argparse.Namespace, shape: str) -> Path:
         "--instance_data_dir", str(folder / "photos"), "--instance_prompt", f"photo of a <new1> {shape}",
         "--class_data_dir", str(folder / "class"), "--class_prompt", shape, "--num_class_images", "100",
         "--with_prior_preservation", "--real_prior", "--modifier_token", "<new1>", "--resolution", "64", "--noaug",
-        "--train_batch_size", "4", "--max_train_steps", str(args.steps), "--learning_rate", str(args.learning_rate), "--scale_lr",
-        "--seed", str(args.seed), "--dataloader_num_workers", "0", "--checkpointing_steps", "100000",
+        "--train_batch_size", "2", "--max_train_steps", str(args.steps), "--learning_rate", str(args.learning_rate), "--scale_lr",
+        "--lr_scheduler", "cosine", "--lr_warmup_steps", "0", "--cache_latents", "--seed", str(args.seed),
+        "--dataloader_num_workers", "0", "--checkpointing_steps", "100000",
     )  # fmt: skip
     return folder / "weights"
-
-
-def likeness(seen: Seen, look: world.Thing) -> float:
-    """As `concept.likeness`, of any thing with an edge."""
-    if seen.shape != look.shape:
-        return 0.0
-    pairs = ((seen.hue, look.hue), (seen.edge_hue, look.edge_hue))
-    return float(np.mean([0 if h is None else max(0.0, 1 - world.hue_distance(h, w) / concept.FAR) for h, w in pairs]))
 
 
 class Judge:
@@ -118,7 +109,7 @@ class Judge:
         if weights is not None:
             load_custom_diffusion(self.pipe, weights)
         images = generate(self.pipe, [f"photo of a {token} {shape} {place}" for place in self.places], self.seed)
-        return 100 * float(np.mean([likeness(see(image), LOOKS[shape]) for image in images]))
+        return 100 * float(np.mean([concept.likeness(see(image), LOOKS[shape]) for image in images]))
 
     def prior_score(self, weights: Path) -> float:
         """0 to 100: how much of ordinary captions is drawn right."""
@@ -193,7 +184,7 @@ def measure_lora(args: argparse.Namespace, judge: Judge, folder: Path) -> list[d
             "bytes": (output / "pytorch_lora_weights.safetensors").stat().st_size,
             "mean difference": float(difference.mean()),
             "largest difference": float(difference.max()),
-            "score": 100 * float(np.mean([likeness(see(image), LOOKS["circle"]) for image in images])),
+            "score": 100 * float(np.mean([concept.likeness(see(image), LOOKS["circle"]) for image in images])),
         })  # fmt: skip
     return rows
 
@@ -239,8 +230,6 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     args = parse_args()
     folders = {shape: train(args, shape) for shape in LOOKS}
-    if args.train_only:
-        return
     judge = Judge(args)
     results = {
         "merge": measure_merge(args, judge, folders),
