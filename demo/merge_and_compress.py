@@ -204,11 +204,12 @@ def plot(rows: list[dict], path: Path) -> None:
         pen.line([point(0, score), point(largest, score)], fill="#dddddd", width=2)
         pen.text((40, point(0, score)[1]), str(score), fill="#555555", anchor="lm", font_size=24)
     pen.line([point(row["bytes"], row["score"]) for row in rows], fill="#1f6f8b", width=5)
-    for row in rows:
+    for i, row in enumerate(rows):
         x, y = point(row["bytes"], row["score"])
         pen.ellipse([x - 9, y - 9, x + 9, y + 9], fill="#1f6f8b")
         label = "full" if row["energy"] == 1 else f"{row['energy']}"
-        pen.text((x, y - 18), label, fill="#222222", anchor="ms", font_size=24)
+        above = i % 2 == 1  # by turns, as the smallest are close together
+        pen.text((x, y - 18 if above else y + 18), label, fill="#222222", anchor="ms" if above else "mt", font_size=24)
     text = f"concept score against size (share of the full {largest / 1e3:.0f} kB), labelled by --energy"
     pen.text((2 * margin, 50), text, fill="#222222", anchor="lm", font_size=26)
     for share in (0, 0.2, 0.4, 0.6, 0.8, 1):

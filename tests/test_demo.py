@@ -91,3 +91,18 @@ def test_concept_is_learned_and_the_rest_is_kept(with_prior):
 def test_without_prior_preservation_the_rest_suffers(with_prior, without_prior):
     assert without_prior["after"]["prior"] < with_prior[0]["after"]["prior"]
     assert without_prior["after"]["leakage"] > with_prior[0]["after"]["leakage"]
+
+
+@pytest.mark.slow
+def test_merging_and_compressing_keep_the_concepts(tmp_path):
+    command = [sys.executable, str(DEMO / "merge_and_compress.py"), "--work_dir", str(tmp_path), "--docs", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=ROOT)
+    results = json.loads((tmp_path / "merge_and_compress.json").read_text())
+    merge = {row["weights"]: row for row in results["merge"]}
+    for shape in ("circle", "square"):
+        assert merge["apart"][shape] > merge["base model"][shape] + 20
+        assert merge["merged"][shape] >= 0.9 * merge["apart"][shape]
+        assert merge["merged"][shape] > merge["plain average"][shape]
+    *smaller, full = results["compress"]
+    fifth = max((row for row in smaller if row["bytes"] <= full["bytes"] / 5), key=lambda row: row["bytes"])
+    assert abs(fifth["score"] - full["score"]) <= 0.03 * full["score"]
