@@ -95,7 +95,14 @@ def test_without_prior_preservation_the_rest_suffers(with_prior, without_prior):
 
 @pytest.mark.slow
 def test_merging_and_compressing_keep_the_concepts(tmp_path):
-    command = [sys.executable, str(DEMO / "merge_and_compress.py"), "--work_dir", str(tmp_path), "--docs", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(DEMO / "merge_and_compress.py"),
+        "--work_dir",
+        str(tmp_path),
+        "--docs",
+        str(tmp_path),
+    ]
     subprocess.run(command, check=True, cwd=ROOT)
     results = json.loads((tmp_path / "merge_and_compress.json").read_text())
     merge = {row["weights"]: row for row in results["merge"]}
