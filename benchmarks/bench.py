@@ -4,7 +4,8 @@
     python benchmarks/bench.py --peer path/to/train_custom_diffusion.py --resolution 512 --batch_size 2 --mixed_precision bf16
 
 The peer is the reference script of diffusers, or its `train_dreambooth_lora.py`. Step times are the intervals between the
-losses that each script writes to TensorBoard, warm-up left out; memory is the operating system's (and nvidia-smi's) peak.
+losses that each script writes to TensorBoard, warm-up left out; CPU time is that of the whole run, over all cores; memory is
+the operating system's (and nvidia-smi's) peak.
 """
 
 import argparse
@@ -128,6 +129,7 @@ def run(script, flags, output_dir, steps, warm_up):
     return {
         "step_seconds": statistics.median(intervals),
         "wall_seconds": wall,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "peak_rss_bytes": usage.ru_maxrss * 1024,
         "peak_gpu_bytes": gpu.stop(),
         "checkpoint_bytes": checkpoint,
@@ -201,7 +203,7 @@ def report(args, runs):
     output = args.output or ROOT / "benchmarks/results" / default
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=2) + "\n")
-    units = {"step_seconds": (1, "s"), "wall_seconds": (1, "s")}
+    units = dict.fromkeys(("step_seconds", "wall_seconds", "cpu_seconds"), (1, "s"))
     print(
         f"\n{device}, {args.resolution} px, batch {args.batch_size} + {args.batch_size}, precision {args.mixed_precision}"
     )
