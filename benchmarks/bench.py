@@ -20,6 +20,7 @@ import threading
 import time
 from datetime import date
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 WARM_UP = 2  # steps not counted
 OURS = ROOT / "train_custom_diffusion.py"
+WITHOUT_TORCHVISION = ROOT / "benchmarks/without_torchvision.py"
 
 
 def parse_args():
@@ -58,9 +60,9 @@ def main():
     # With the cache, steps cost less once every picture has been seen; half of the steps are left for that.
     cached = ["--cache_latents", f"--augmentations_per_image={args.augmentations_per_image}"]
     sides = {
-        "peer": (args.peer, peer_flags(args.peer, data), args.steps, WARM_UP),
-        "ours": (OURS, custom_diffusion_flags(data), args.steps, WARM_UP),
-        "ours --cache_latents": (OURS, custom_diffusion_flags(data) + cached, 2 * args.steps, args.steps),
+        "peer": (peer_script(args.peer), peer_flags(args.peer, data), args.steps, WARM_UP),
+        "ours": ([OURS], custom_diffusion_flags(data), args.steps, WARM_UP),
+        "ours --cache_latents": ([OURS], custom_diffusion_flags(data) + cached, 2 * args.steps, args.steps),
     }
     runs = {name: [] for name in sides}
     for round_number in range(args.rounds):
@@ -101,6 +103,11 @@ def custom_diffusion_flags(data):
     ]
 
 
+def peer_script(peer):
+    """The command's words that run it."""
+    return [peer] if find_spec("torchvision") else [WITHOUT_TORCHVISION, peer]
+
+
 def peer_flags(peer, data):
     if "dreambooth_lora" in peer.name:
         return [f"--class_data_dir={data / 'class/images'}", "--instance_prompt=photo of a ktn circle", "--rank=16"]
@@ -114,13 +121,13 @@ def run(script, flags, output_dir, steps, warm_up):
     start = time.perf_counter()
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, str(script), *flags, f"--output_dir={output_dir}"], stdout=file, stderr=file
+            [sys.executable, *script, *flags, f"--output_dir={output_dir}"], stdout=file, stderr=file
         )
         gpu = GpuMemory()
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - start
     if status != 0:
-        sys.exit(f"{script} failed; the end of its log '{log}':\n" + log.read_text()[-2000:])
+        sys.exit(f"{script[-1]} failed; the end of its log '{log}':\n" + log.read_text()[-2000:])
     times = step_times(output_dir)
     assert len(times) == steps, f"{len(times)} losses of {steps} steps in {output_dir}"
     intervals = [later - earlier for earlier, later in zip(times[warm_up - 1 :], times[warm_up:])]

@@ -1,5 +1,6 @@
 """Make a Stable Diffusion model of SD 1.4's exact size with random weights, and pictures to train on, for benchmarks."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,20 +10,22 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+VOCABULARY = 49_408
 
 
 def make_sd14_size_model(folder: Path) -> Path:
     """860 M parameters in the UNet, 123 M in the text encoder, 84 M in the VAE: 4.3 GB in float32.
 
-    The tokenizer is the demo's, padded to 77 tokens; the embedding table has CLIP's 49,408 rows.
+    The tokenizer is the demo's, padded to 77 tokens and filled up to CLIP's 49,408 words: scripts cut the embedding table
+    to what the tokenizer has.
     """
     if (folder / "model_index.json").exists():
         return folder
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "demo/model/tokenizer", model_max_length=77)
+    tokenizer = make_tokenizer()
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=49408,
+            vocab_size=VOCABULARY,
             hidden_size=768,
             intermediate_size=3072,
             num_hidden_layers=12,
@@ -55,6 +58,15 @@ def make_sd14_size_model(folder: Path) -> Path:
         requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """The demo's words, and others that no caption has."""
+    words = json.loads((ROOT / "demo/model/tokenizer/vocab.json").read_text(encoding="utf-8"))
+    words |= {f"unused{index}</w>": index for index in range(len(words), VOCABULARY)}
+    merges = (ROOT / "demo/model/tokenizer/merges.txt").read_text(encoding="utf-8").splitlines()
+    pairs = [tuple(line.split()) for line in merges if not line.startswith("#version")]
+    return CLIPTokenizer(vocab=words, merges=pairs, model_max_length=77)
 
 
 def make_data(folder: Path, num_class_images: int, size: int = 640) -> Path:
