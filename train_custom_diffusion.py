@@ -48,6 +48,7 @@ from custom_diffusion.checkpoints import (
     restore,
     save_checkpoint,
 )
+from custom_diffusion.cuda_graphs import device_problems, enable_gradient_checkpointing
 from custom_diffusion.data import BatchPlan, SampleSettings, TrainingSamples, make_dataloader
 from custom_diffusion.frozen import replace_frozen_layers
 from custom_diffusion.interruption import (
@@ -94,6 +95,8 @@ def main(args, concepts):
     if args.resolution % shape.vae_factor:
         nearest = max(round(args.resolution / shape.vae_factor), 1) * shape.vae_factor
         problems.append(f"--resolution: {args.resolution} is not a multiple of {shape.vae_factor}; try {nearest}")
+    if args.cuda_graphs:
+        problems += device_problems(accelerator.device)
     if problems:
         raise InputError(*problems)
     settings = run_settings(args, concepts, accelerator.mixed_precision)
@@ -126,14 +129,16 @@ def main(args, concepts):
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        enable_gradient_checkpointing(unet)
         if pairs:
             text_encoder.gradient_checkpointing_enable()
-    if args.compile_unet:
-        unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
     concept_model = ConceptModel(unet, text_encoder, tokenizer, [token for token, _ in pairs]).train()
     if checkpoint is not None:
         concept_model.load_trained(checkpoint.weights)
+    num_pictures = args.train_batch_size * (2 if args.with_prior_preservation else 1)
+    latent_size = args.resolution // shape.vae_factor
+    if args.cuda_graphs:
+        concept_model.record((num_pictures, shape.latent_channels, latent_size, latent_size))
 
     # Data: the sequence of samples, of which this process takes its part from `position` on
     samples = make_samples(args, concepts, shape, noise_scheduler)
@@ -173,7 +178,6 @@ def main(args, concepts):
 
     # What is done between steps
     formats = ("bin",) if args.no_safe_serialization else ("safetensors", "bin")
-    latent_size = args.resolution // shape.vae_factor
     probe = {
         "prompt": concepts[0].instance_prompt,
         "latent_shape": (1, shape.latent_channels, latent_size, latent_size),
@@ -238,7 +242,7 @@ def main(args, concepts):
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(concept_model.trained_parameters(), args.max_grad_norm)
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=not args.cuda_graphs)
         losses += torch.stack([loss, *parts]).detach() / args.gradient_accumulation_steps
         if not accelerator.sync_gradients:
             continue
@@ -271,6 +275,7 @@ def main(args, concepts):
 
     write_together(accelerator, write, output_dir)
     if accelerator.is_main_process:
+        concept_model.recorded = None  # frees its memory for the pictures
         pipeline = read_back(output_dir, concept_model.eval(), sampler.pipeline, plain_tokenizer, **probe)
         logger.info(f"Saved the weights in '{output_dir}', and read them back")
         pictures = show(pipeline, "final", "test")

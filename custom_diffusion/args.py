@@ -354,8 +354,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--augmentations_per_image", type=int, default=32, help="Size of that pool, per photo.")
     add(
-        "--compile_unet",
+        "--cuda_graphs",
         action="store_true",
-        help="Compile the UNet's transformer blocks: a minute or so at the start, then fewer kernels a step.",
+        help="Record the UNet's forward and backward pass once, and replay them: nothing waits for kernels to be launched.",
     )
     return parser

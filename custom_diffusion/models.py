@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, PreTrainedTok
 
 from custom_diffusion.args import InputError
 from custom_diffusion.attention import trained_tensors
+from custom_diffusion.cuda_graphs import record_unet
 from custom_diffusion.tokens import modifier_embeddings
 from custom_diffusion.weights import ConceptWeights
 
@@ -178,6 +179,14 @@ class ConceptModel(nn.Module):
         self.tokenizer = tokenizer
         self.modifier_ids = set(tokenizer.convert_tokens_to_ids(modifier_tokens))
         self.constant_features = {}
+        self.recorded = None  # what predicts in place of the UNet while gradients are wanted
+
+    def record(self, latents_shape: tuple[int, int, int, int]) -> None:
+        """Record the UNet for training batches of this shape (B, C, h, w), and no others; needs a CUDA device."""
+        length, width = self.tokenizer.model_max_length, self.unet.config.cross_attention_dim
+        self.recorded = record_unet(
+            self.unet, latents_shape, (latents_shape[0], length, width), features_need_grad=bool(self.modifier_ids)
+        )
 
     def trained_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
@@ -205,7 +214,10 @@ class ConceptModel(nn.Module):
             (B, C, h, w) in the UNet's precision.
         """
         features = self.encode_prompts(prompts)
-        return self.unet(noisy_latents.to(features.dtype), timesteps, features, return_dict=False)[0]
+        noisy_latents = noisy_latents.to(features.dtype)
+        if self.recorded is not None and torch.is_grad_enabled():
+            return self.recorded(noisy_latents, timesteps, features)
+        return self.unet(noisy_latents, timesteps, features, return_dict=False)[0]
 
     def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
         """(B, T, D) text features of B prompts of T tokens after padding."""

@@ -16,7 +16,6 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # what --compile_unet compiles is for the batches of training
 def predicts_numbers(model: ConceptModel, prompt: str, latent_shape: tuple) -> bool:
     """Whether the model, as trained so far, predicts finite noise. `prompt` and `latent_shape` as in `read_back`."""
     return bool(model(*_probe(model, latent_shape), [prompt]).isfinite().all())
@@ -30,7 +29,6 @@ def _probe(model, latent_shape):
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # what --compile_unet compiles is for the batches of training
 def read_back(
     folder: Path,
     model: ConceptModel,

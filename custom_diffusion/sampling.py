@@ -57,7 +57,6 @@ class Sampler:
         return pipeline
 
     @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")  # what --compile_unet compiles is for the batches of training
     def draw(self, pipeline: StableDiffusionPipeline) -> list[Image.Image]:
         """`num_images` pictures, the i-th from noise seeded with seed + i on the CPU, the same on every device."""
         return [

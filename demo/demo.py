@@ -50,6 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--without_prior", action="store_true", help="train on the photos alone")
     parser.add_argument("--without_cache", action="store_true", help="train without --cache_latents")
+    parser.add_argument("--augment", action="store_true", help="train without --noaug, and with --hflip")
     return parser.parse_args()
 
 
@@ -77,10 +78,11 @@ def train(output: Path, class_data_dir: Path | None, args: argparse.Namespace) -
         "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu",
         "train_custom_diffusion.py", "--pretrained_model_name_or_path", str(MODEL), "--output_dir", str(folder),
         "--instance_data_dir", str(PHOTOS), "--instance_prompt", "photo of a <new1> circle",
-        "--modifier_token", "<new1>", "--resolution", "64", "--train_batch_size", "2", "--noaug",
+        "--modifier_token", "<new1>", "--resolution", "64", "--train_batch_size", "2",
         "--max_train_steps", str(args.steps), "--learning_rate", str(learning_rate), "--scale_lr",
         "--lr_scheduler", "cosine", "--lr_warmup_steps", "0", "--seed", str(args.seed), "--dataloader_num_workers", "0",
     ]  # fmt: skip
+    command.append("--hflip" if args.augment else "--noaug")
     if not args.without_cache:
         command.append("--cache_latents")
     if class_data_dir:

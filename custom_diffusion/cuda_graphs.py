@@ -1,0 +1,63 @@
+"""The UNet's forward and backward pass as CUDA graphs: recorded once, then replayed as a whole.
+
+A small batch keeps a fast GPU waiting for the CPU, which launches some thousands of kernels a step. A replay is one launch, of
+the same kernels.
+"""
+
+from collections.abc import Callable
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.checkpoint import checkpoint
+
+
+def device_problems(device: torch.device) -> list[str]:
+    """A line if nothing can be recorded there."""
+    if device.type == "cuda":
+        return []
+    return [f"--cuda_graphs: needs a CUDA device, and this run is on '{device.type}'; leave it out"]
+
+
+def record_unet(
+    unet: UNet2DConditionModel, latents_shape: tuple, features_shape: tuple, *, features_need_grad: bool
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Record a prediction and its gradients.
+
+    Every trained parameter gets a gradient of zeros that stays where it is. The optimizer must not free it (`zero_grad` with
+    `set_to_none=False`): autograd would then take the recorded gradient itself for it, which the next replay overwrites, and
+    accumulating several would go wrong.
+
+    Args:
+        unet: on a CUDA device; its parameters may change their values from now on, not their places.
+        latents_shape: (B, C, h, w) of every batch. features_shape: (B, T, D).
+        features_need_grad: whether text features are trained.
+    Returns:
+        (noisy latents, timesteps, text features) -> (B, C, h, w), for training batches of these shapes only. The prediction is
+        overwritten by the next one.
+    """
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+    def predict(noisy_latents, timesteps, features, *_trained):
+        return unet(noisy_latents, timesteps, features, return_dict=False)[0]
+
+    latents = torch.zeros(latents_shape, dtype=unet.dtype, device=unet.device)
+    samples = (
+        latents.to(memory_format=torch.channels_last),  # as the VAE leaves them
+        torch.zeros(latents_shape[0], dtype=torch.int64, device=unet.device),
+        torch.zeros(features_shape, dtype=unet.dtype, device=unet.device, requires_grad=features_need_grad),
+    )
+    # The parameters are arguments so that their gradients are recorded too.
+    replay = torch.cuda.make_graphed_callables(predict, (*samples, *trained))
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    return lambda noisy_latents, timesteps, features: replay(noisy_latents, timesteps, features, *trained)
+
+
+def enable_gradient_checkpointing(unet: UNet2DConditionModel) -> None:
+    """As diffusers does it, but without keeping the state of the random numbers, which a recording must not ask for.
+
+    Nothing in the UNet is random.
+    """
+    unet.enable_gradient_checkpointing(
+        lambda module, *args: checkpoint(module.__call__, *args, use_reentrant=False, preserve_rng_state=False)
+    )
