@@ -116,7 +116,8 @@ def load_models(
     Raises:
         InputError: a weight file is missing or damaged.
     """
-    read = {"revision": source.revision, "variant": source.variant}
+    # Straight to the device, weight by weight: the CPU never holds a whole model.
+    read = {"revision": source.revision, "variant": source.variant, "device_map": {"": device}}
     try:
         # The decoder goes before the UNet comes, so that it never counts in the peak of memory.
         vae = encoder_only(load_vae(source, weight_dtype, device))
@@ -128,28 +129,32 @@ def load_models(
         raise InputError(
             f"--pretrained_model_name_or_path: cannot load the weights of '{source.path}' ({_first_line(error)})"
         ) from None
-    return place(unet, device), text_encoder.to(device), vae
+    return lay_out(unet), text_encoder, vae
 
 
 class _UNetWithFullCrossAttention(UNet2DConditionModel):
     _keep_in_fp32_modules = ["attn2"]  # noqa: RUF012 (diffusers reads it as a class attribute)
 
 
-def place(module: nn.Module, device: torch.device) -> nn.Module:
-    """Move it to the device, with channels-last convolutions on an accelerator.
+def lay_out(module: nn.Module) -> nn.Module:
+    """Convolutions of an accelerator are faster channels-last.
 
     On a CPU nothing is gained by that, and the weights can stay in the mapped file without a copy.
     """
-    module.to(device)
-    return module if device.type == "cpu" else module.to(memory_format=torch.channels_last)
+    return module if module.device.type == "cpu" else module.to(memory_format=torch.channels_last)
 
 
 def load_vae(source: ModelSource, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
     """The whole VAE, frozen, on the device."""
     vae = AutoencoderKL.from_pretrained(
-        source.path, subfolder="vae", torch_dtype=dtype, revision=source.revision, variant=source.variant
+        source.path,
+        subfolder="vae",
+        torch_dtype=dtype,
+        revision=source.revision,
+        variant=source.variant,
+        device_map={"": device},
     )
-    return place(vae.requires_grad_(False), device)
+    return lay_out(vae.requires_grad_(False))
 
 
 def encoder_only(vae: AutoencoderKL) -> AutoencoderKL:
