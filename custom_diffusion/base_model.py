@@ -49,10 +49,15 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype) -> DiffusionPipeline:
         )
 
 
-def load_text_encoder(source: ModelSource) -> tuple[PreTrainedTokenizerBase, CLIPTextModel]:
-    """Tokenizer and float32 text encoder. Raises InputError if they cannot be loaded."""
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """Raises InputError if it cannot be loaded."""
     with _named(source):
-        tokenizer = AutoTokenizer.from_pretrained(source.path, subfolder="tokenizer", revision=source.revision)
+        return AutoTokenizer.from_pretrained(source.path, subfolder="tokenizer", revision=source.revision)
+
+
+def load_text_encoder(source: ModelSource) -> CLIPTextModel:
+    """In float32. Raises InputError if it cannot be loaded."""
+    with _named(source):
         text_encoder = CLIPTextModel.from_pretrained(
             source.path,
             subfolder="text_encoder",
@@ -60,7 +65,7 @@ def load_text_encoder(source: ModelSource) -> tuple[PreTrainedTokenizerBase, CLI
             revision=source.revision,
             variant=source.variant,
         )
-    return tokenizer, text_encoder.eval()
+    return text_encoder.eval()
 
 
 def empty_unet(source: ModelSource) -> UNet2DConditionModel:

@@ -17,6 +17,7 @@ from custom_diffusion.command import (
     weights_problems,
 )
 
+NOT_IN_LORA_NAMES = set(":=>")  # they end the name in <lora:NAME:1>
 EXAMPLE = """
 
   python -m custom_diffusion.export logs/cat --to lora --output cat-lora          diffusers: load_lora_weights, load_textual_inversion
@@ -46,6 +47,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _problems(args):
     problems = weights_problems("weights", args.weights) + model_problems(args) + output_folder_problems(args.output)
+    if args.to == "a1111" and (wrong := sorted(NOT_IN_LORA_NAMES & set(lora_name(Path(args.output))))):
+        problems.append(f"--output: A1111 cannot read {' '.join(wrong)} in a LoRA's name; name another folder")
     if args.share is not None and not 0 < args.share <= 1:
         problems.append(f"--share: {args.share} must be above 0 and at most 1")
     if args.rank is not None and args.rank < 1:
@@ -57,13 +60,25 @@ def _problems(args):
     return problems
 
 
+def lora_name(output: Path) -> str:
+    return output.resolve().name
+
+
 if __name__ == "__main__":
     args = parse_args()
 
 import safetensors.torch
 import torch
 
-from custom_diffusion.base_model import base_of, base_tensors, check_shapes, empty_unet, load_pipeline, read_concept
+from custom_diffusion.base_model import (
+    base_of,
+    base_tensors,
+    check_shapes,
+    empty_unet,
+    load_pipeline,
+    load_tokenizer,
+    read_concept,
+)
 from custom_diffusion.files import whole_folder
 from custom_diffusion.low_rank import Decomposition, changes, decompose, rank_summary, stored_dtype
 from custom_diffusion.models import ModelSource
@@ -92,9 +107,13 @@ def main(args: argparse.Namespace) -> None:
         )
     else:
         names = embedding_names(list(weights.tokens))
+        warn_about_words(names, source)
         write_a1111(output, lora, weights, names)
-        words = " ".join(names.values())
-        how = f"copy Lora/ and embeddings/ into the program's folders; prompt: {words} <lora:{lora_name(output)}:1>"
+        how = (
+            "copy Lora/ and embeddings/ into the program's folders. "
+            f"A1111, Forge: prompt {' '.join(names.values())} <lora:{lora_name(output)}:1>. "
+            f"ComfyUI: Load LoRA node, prompt {' '.join(f'embedding:{name}' for name in names.values())}"
+        )
     print(f"{args.output}: {rank_summary(ranks)}, {100 * kept:.2f} % or more of every squared change; {how}")
 
 
@@ -135,16 +154,29 @@ def warn_about_biases(weights: ConceptWeights, base: dict[str, torch.Tensor]) ->
         )
 
 
+def warn_about_words(names: dict[str, str], source: ModelSource) -> None:
+    """A1111 and Forge put an embedding in the place of its file's name wherever a prompt has it."""
+    tokenizer = load_tokenizer(source)
+    for token, name in names.items():
+        if len(tokenizer.tokenize(name)) == 1:
+            warn(
+                f"{token} becomes {name!r}, an ordinary word, which A1111 and Forge will replace in every prompt; "
+                f"rename embeddings/{name}.safetensors if you do not want that"
+            )
+
+
 def _metadata(lora):
-    """What A1111 and Forge tell the model version by; they hide LoRAs of another."""
+    """What A1111 (`ss_...`) and Forge (`modelspec...`) tell the model's version by. A1111 hides LoRAs of another."""
     width = next(tensor.shape[1] for key, tensor in lora.items() if key.endswith("to_k.lora_down.weight"))
     second = width == 1024  # text features of Stable Diffusion 2.x; 768 in 1.x
-    return {
+    metadata = {
         "format": "pt",
         "ss_network_module": "networks.lora",
         "ss_v2": str(second),
         "ss_base_model_version": "sd_v2" if second else "sd_v1",
     }
+    # For 2.x it would have to say whether the model predicts velocities, which the weights do not.
+    return metadata if second else metadata | {"modelspec.architecture": "stable-diffusion-v1/lora"}
 
 
 def write_lora(output: Path, lora: dict[str, torch.Tensor], weights: ConceptWeights) -> None:
@@ -166,10 +198,6 @@ def write_a1111(output: Path, lora: dict[str, torch.Tensor], weights: ConceptWei
         for token, embedding in weights.tokens.items():
             path = folder / "embeddings" / f"{names[token]}.safetensors"
             safetensors.torch.save_file({"emb_params": embedding.float().unsqueeze(0).clone()}, path)
-
-
-def lora_name(output: Path) -> str:
-    return output.resolve().name
 
 
 def embedding_names(tokens: list[str]) -> dict[str, str]:

@@ -22,12 +22,17 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         sync(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner may read
+        open_to_others(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def open_to_others(path: Path) -> None:
+    """The permissions that a new file or folder gets. tempfile and safetensors make ones that only their owner may read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def sync(path: Path) -> None:
@@ -49,11 +54,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART))
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            sync(file)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
+        for part in [*temporary.rglob("*"), temporary]:
+            sync(part)
+            open_to_others(part)
         if path.exists():
             replaced = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART))
             path.replace(replaced)

@@ -74,6 +74,7 @@ from custom_diffusion.base_model import (
     check_shapes,
     empty_unet,
     load_text_encoder,
+    load_tokenizer,
     read_concept,
 )
 from custom_diffusion.constraints import Constraints, LayerReport, drop_equal_rows
@@ -101,7 +102,7 @@ def main(args: argparse.Namespace) -> None:
         check_shapes(part, unet, source)
         if part.shapes().keys() != parts[0].shapes().keys():
             raise InputError(f"weights: '{path}' and '{args.weights[0]}' are for different layers of the model")
-    tokenizer, text_encoder = load_text_encoder(source)
+    tokenizer, text_encoder = load_tokenizer(source), load_text_encoder(source)
     parts, renamed = rename_clashing(parts, set(tokenizer.get_vocab()))
     for path, names in zip(args.weights, renamed):
         for old, new in names.items():
@@ -251,8 +252,9 @@ def caption_moments(
     captions = sorted(captions, key=len)  # batches of about the same length
     moments = 0
     for start in tqdm(range(0, len(captions), batch_size), desc="Reading captions", unit="batch"):
-        for _, features in text_features(tokenizer, text_encoder, captions[start : start + batch_size]):
-            moments = moments + features[1:].T @ features[1:]
+        batch = text_features(tokenizer, text_encoder, captions[start : start + batch_size])
+        rows = torch.cat([features[1:] for _, features in batch])
+        moments = moments + rows.T @ rows
     return moments
 
 

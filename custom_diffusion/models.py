@@ -116,8 +116,7 @@ def load_models(
     Raises:
         InputError: a weight file is missing or damaged.
     """
-    # Straight to the device, weight by weight: the CPU never holds a whole model.
-    read = {"revision": source.revision, "variant": source.variant, "device_map": {"": device}}
+    read = {"revision": source.revision, "variant": source.variant, "device_map": straight_to(device)}
     try:
         # The decoder goes before the UNet comes, so that it never counts in the peak of memory.
         vae = encoder_only(load_vae(source, weight_dtype, device))
@@ -136,6 +135,14 @@ class _UNetWithFullCrossAttention(UNet2DConditionModel):
     _keep_in_fp32_modules = ["attn2"]  # noqa: RUF012 (diffusers reads it as a class attribute)
 
 
+def straight_to(device: torch.device) -> dict:
+    """A `device_map` with which weights go to the device one by one, and the CPU never holds a whole model.
+
+    A process of several on a CPU has the device "cpu:0", which nothing is ever found to be on.
+    """
+    return {"": torch.device("cpu") if device.type == "cpu" else device}
+
+
 def lay_out(module: nn.Module) -> nn.Module:
     """Convolutions of an accelerator are faster channels-last.
 
@@ -152,7 +159,7 @@ def load_vae(source: ModelSource, dtype: torch.dtype, device: torch.device) -> A
         torch_dtype=dtype,
         revision=source.revision,
         variant=source.variant,
-        device_map={"": device},
+        device_map=straight_to(device),
     )
     return lay_out(vae.requires_grad_(False))
 

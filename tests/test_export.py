@@ -1,6 +1,8 @@
 """Exports are proved by loading them with diffusers alone and comparing pictures with `load_custom_diffusion`."""
 
+import os
 import re
+import stat
 
 import pytest
 import safetensors.torch
@@ -103,3 +105,36 @@ def test_all_of_the_cross_attention_but_its_biases(tiny_model, tmp_path, capsys)
     assert abs(draw(pipe) - draw(exact)).max() < 1  # and nothing else is
     run(tmp_path / "faces", tmp_path / "model", "--to", "pipeline")
     assert abs(draw(open_pipeline(tmp_path / "model")) - draw(exact)).max() < 1
+
+
+def test_files_have_ordinary_permissions(concept, tmp_path):
+    umask = os.umask(0o022)
+    try:
+        run(concept, tmp_path / "webui", "--to", "a1111")
+        run(concept, tmp_path / "model", "--to", "pipeline")
+    finally:
+        os.umask(umask)
+    for path in [
+        tmp_path / "webui",
+        tmp_path / "model",
+        *(tmp_path / "webui").rglob("*"),
+        *(tmp_path / "model").rglob("*"),
+    ]:
+        assert stat.S_IMODE(path.stat().st_mode) == (0o755 if path.is_dir() else 0o644), path
+
+
+@pytest.mark.parametrize("name", ["cat:v2", "cat=2", "a>b"])
+def test_names_that_would_end_a_prompt_are_refused(concept, tmp_path, capsys, name):
+    with pytest.raises(SystemExit):
+        export.parse_args([str(concept), "--output", str(tmp_path / name), "--to", "a1111"])
+    assert "--output: A1111 cannot read" in capsys.readouterr().err
+    assert export.parse_args([str(concept), "--output", str(tmp_path / name), "--to", "lora"])
+
+
+def test_token_that_is_an_ordinary_word_without_its_brackets(tiny_model, tmp_path, capsys):
+    make_concept(tmp_path / "concept", tiny_model, token="<pot>", class_prompt="pot")
+    run(tmp_path / "concept", tmp_path / "webui", "--to", "a1111")
+    assert "<pot> becomes 'pot', an ordinary word" in capsys.readouterr().err
+    make_concept(tmp_path / "other", tiny_model, token="<new1>")
+    run(tmp_path / "other", tmp_path / "webui2", "--to", "a1111")
+    assert "ordinary word" not in capsys.readouterr().err

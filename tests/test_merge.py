@@ -6,7 +6,7 @@ from fake_concept import draw, make_concept, open_pipeline
 
 from custom_diffusion import load_custom_diffusion, merge
 from custom_diffusion.args import InputError
-from custom_diffusion.base_model import load_text_encoder
+from custom_diffusion.base_model import load_text_encoder, load_tokenizer
 from custom_diffusion.constraints import Constraints, drop_equal_rows
 from custom_diffusion.models import ModelSource
 from custom_diffusion.weights import ConceptWeights, read_weights
@@ -117,7 +117,8 @@ def test_each_concept_keeps_what_its_own_words_do(merged, tiny_model):
     assert list(both.tokens) == both.config["modifier_tokens"] == ["<new1>", "<new2>"]
     pot = read_weights(merged / "pot")
     assert torch.equal(both.tokens["<new2>"], pot.tokens["<new1>"])
-    tokenizer, text_encoder = load_text_encoder(ModelSource(str(tiny_model)))
+    source = ModelSource(str(tiny_model))
+    tokenizer, text_encoder = load_tokenizer(source), load_text_encoder(source)
     merge.add_tokens(tokenizer, text_encoder, both.tokens)
     for prompt, own in (("photo of a <new1> cat", read_weights(merged / "cat")), ("<new2> wooden pot", pot)):
         ids, features = merge.text_features(tokenizer, text_encoder, [prompt])[0]
