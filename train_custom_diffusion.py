@@ -83,7 +83,6 @@ def main(args, concepts):
     output_dir = Path(args.output_dir)
     pairs = modifier_pairs(args)
     set_seed(args.seed)
-    return_freed_memory()
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
 
@@ -249,6 +248,7 @@ def main(args, concepts):
         if not accelerator.optimizer_step_was_skipped:
             lr_scheduler.step()
         step, position = step + 1, position + samples_per_step
+        return_freed_memory(accelerator.device)
 
         report = reports.exchange(step, losses, grad_norm, signals.received)
         losses = torch.zeros_like(losses)
@@ -274,15 +274,18 @@ def main(args, concepts):
         write_weights(output_dir, trained_weights(), unet, formats)
 
     write_together(accelerator, write, output_dir)
+    # What only training needs makes room for the pictures. DDP's reducer must go before its process group in any case: as
+    # the last to hold a gloo group it could wait for itself forever.
+    stateful.clear()
+    concept_model.recorded = None
+    model, optimizer, lr_scheduler = accelerator.free_memory(model, optimizer, lr_scheduler)
+    return_freed_memory(accelerator.device)
     if accelerator.is_main_process:
-        concept_model.recorded = None  # frees its memory for the pictures
         pipeline = read_back(output_dir, concept_model.eval(), sampler.pipeline, plain_tokenizer, **probe)
         logger.info(f"Saved the weights in '{output_dir}', and read them back")
         pictures = show(pipeline, "final", "test")
         if repo_id is not None:
             hub.share(args, output_dir, repo_id, weights_config(settings, step), pictures)
-    # DDP's reducer must go before its process group: as the last to hold a gloo group it could wait for itself forever.
-    (model,) = accelerator.free_memory(model)
     accelerator.end_training()
 
 

@@ -14,8 +14,6 @@ from custom_diffusion.memory import return_freed_memory
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1024
 
-if sys.argv[1] == "returned":
-    return_freed_memory()
 torch.ones(2**22)
 before = resident()
 blocks, small = [], []
@@ -23,6 +21,8 @@ for _ in range(50):
     blocks.append(torch.ones(2**20))
     small.append(torch.ones(2**10))
 del blocks
+if sys.argv[1] == "returned":
+    return_freed_memory(torch.device("cpu"))
 print(resident() - before)
 """
 
