@@ -50,7 +50,7 @@ from custom_diffusion.checkpoints import (
 )
 from custom_diffusion.cuda_graphs import device_problems, enable_gradient_checkpointing
 from custom_diffusion.data import BatchPlan, SampleSettings, TrainingSamples, make_dataloader
-from custom_diffusion.frozen import replace_frozen_layers
+from custom_diffusion.frozen import replace_frozen_layers, skip_divisions_by_one
 from custom_diffusion.interruption import (
     RunStopped,
     StepReports,
@@ -122,6 +122,8 @@ def main(args, concepts):
     plain_tokenizer = copy.deepcopy(tokenizer)
     install_trained_projections(unet, args.freeze_model)
     replace_frozen_layers(unet)
+    skip_divisions_by_one(unet)
+    skip_divisions_by_one(vae)
     add_modifier_tokens(tokenizer, text_encoder, pairs)
     cast_frozen(unet, weight_dtype)
     cast_frozen(text_encoder, weight_dtype)

@@ -1,4 +1,4 @@
-"""Frozen layers that keep for the backward pass only what the gradient of their input needs. The results stay the same bits."""
+"""Frozen layers that do, and keep for the backward pass, only what is needed. The results stay the same bits."""
 
 import torch
 import torch.nn.functional as F
@@ -79,3 +79,18 @@ def replace_frozen_layers(unet: UNet2DConditionModel) -> None:
                 setattr(parent, name, FrozenConv2d(child))
             elif type(child) is GEGLU:
                 setattr(parent, name, FrozenGEGLU(child))
+
+
+class _One:
+    """Divides a tensor by 1 without a pass over it."""
+
+    def __rtruediv__(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+def skip_divisions_by_one(module: nn.Module) -> None:
+    """Residual blocks and attentions of diffusers end in a division by a factor, which is 1 in Stable Diffusion."""
+    for child in module.modules():
+        for factor in ("output_scale_factor", "rescale_output_factor"):
+            if getattr(child, factor, None) == 1:
+                setattr(child, factor, _One())
