@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+# Share of the mean eigenvalue. Captions that the merge has not read, of which there are always more, then change less.
+RIDGE = 1e-3
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -24,34 +27,33 @@ class Constraints:
     """The text features that all layers share, and what solving with them takes, in float64.
 
     With C_reg the (n, d) features of ordinary captions and C the (s, d) features of the concepts' words, it holds the Cholesky
-    factor L of C_reg' C_reg and the QR factors of L^-1 C'. A ridge is added where C_reg lacks full rank.
+    factor L of C_reg' C_reg + ridge I and the QR factors of L^-1 C'.
 
     Args:
         regularisation: C_reg' C_reg, (d, d) float64.
         words: C, (s, d) float64, without equal rows.
+        ridge: as a share of the mean eigenvalue of C_reg' C_reg. 0, as in the paper, takes a C_reg of full rank.
     Attributes:
         rank: of C_reg.
     Raises:
         ValueError: more words than dimensions, so that nothing can satisfy all.
     """
 
-    def __init__(self, regularisation: torch.Tensor, words: torch.Tensor):
+    def __init__(self, regularisation: torch.Tensor, words: torch.Tensor, ridge: float = RIDGE):
         if len(words) > words.shape[1]:
             raise ValueError(f"{len(words)} constraints for {words.shape[1]} text features")
         self.words = words
         self.regularisation = regularisation
         eigenvalues = torch.linalg.eigvalsh(regularisation)
         self.rank = int((eigenvalues > 1e-12 * eigenvalues[-1]).sum())
-        metric = regularisation
-        if self.rank < len(metric):
-            metric = metric + 1e-8 * eigenvalues[-1].clamp(min=1e-30) * torch.eye(len(metric), dtype=metric.dtype)
+        metric = regularisation + ridge * eigenvalues.mean() * torch.eye(len(regularisation), dtype=torch.float64)
         self.cholesky = torch.linalg.cholesky(metric)
         whitened = torch.linalg.solve_triangular(self.cholesky, words.T, upper=False)  # (d, s)
         self.q, self.r = torch.linalg.qr(whitened)
         self.conditioning = float(torch.linalg.cond(self.r)) ** 2  # D C' = R' R
 
     def merge(self, base: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, LayerReport]:
-        """W = W0 + (V' - W0 C') (D C')^-1 D, the closest to W0 on C_reg with W C' = V'.
+        """W = W0 + (V' - W0 C') (D C')^-1 D, the closest to W0 on C_reg, but for the ridge, with W C' = V'.
 
         Args:
             base: W0, (out, d). targets: V, (s, out), what the concepts' words must give.

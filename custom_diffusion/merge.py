@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="ordinary captions, which should not change: text files with one a line, or class folders of retrieve.py "
         "(default: sentences made of the concepts' classes)",
     )
-    parser.add_argument("--max_captions", type=int, default=400, help="captions to use (default: %(default)s)")
+    parser.add_argument("--max_captions", type=int, default=200, help="captions to use (default: %(default)s)")
     add_model_flags(parser)
     return parse(parser, argv, _problems)
 

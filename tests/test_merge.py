@@ -7,7 +7,7 @@ from fake_concept import draw, make_concept, open_pipeline
 from custom_diffusion import load_custom_diffusion, merge
 from custom_diffusion.args import InputError
 from custom_diffusion.base_model import load_text_encoder, load_tokenizer
-from custom_diffusion.constraints import Constraints, drop_equal_rows
+from custom_diffusion.constraints import RIDGE, Constraints, drop_equal_rows
 from custom_diffusion.models import ModelSource
 from custom_diffusion.weights import ConceptWeights, read_weights
 
@@ -21,7 +21,7 @@ def random_problem(s=12, d=40, out=24, n=200):
 
 def test_constraint_holds_and_the_equations_of_the_paper_agree():
     base, words, captions, targets = random_problem()
-    merged, report = Constraints(captions.T @ captions, words).merge(base, targets)
+    merged, report = Constraints(captions.T @ captions, words, ridge=0).merge(base, targets)
     assert (merged @ words.T - targets.T).abs().max() < 1e-10
     assert report.residual < 1e-10
     d = words @ torch.linalg.inv(captions.T @ captions)
@@ -33,7 +33,7 @@ def test_constraint_holds_and_the_equations_of_the_paper_agree():
 
 def test_no_other_solution_changes_the_captions_less():
     base, words, captions, targets = random_problem()
-    merged, _ = Constraints(captions.T @ captions, words).merge(base, targets)
+    merged, _ = Constraints(captions.T @ captions, words, ridge=0).merge(base, targets)
     best = ((merged - base) @ captions.T).norm()
     free = torch.linalg.svd(words, full_matrices=True).Vh[len(words) :]  # directions that the constraints do not see
     for seed in range(5):
@@ -49,13 +49,22 @@ def test_what_needs_no_change_is_not_changed():
     assert torch.allclose(merged, base, atol=1e-12) and report.change < 1e-12
 
 
-def test_few_captions_get_a_ridge_and_the_constraint_still_holds():
-    base, words, captions, targets = random_problem(n=15)
-    constraints = Constraints(captions.T @ captions, words)
-    merged, _ = constraints.merge(base, targets)
-    assert constraints.rank == 15
-    assert (merged @ words.T - targets.T).abs().max() < 1e-7
-    assert torch.isfinite(merged).all()
+@pytest.mark.parametrize("n", [15, 60, 200])
+def test_the_ridge_spares_captions_that_were_not_read_and_the_constraint_still_holds(n):
+    base, words, _, targets = random_problem()
+    random = torch.Generator().manual_seed(1)
+    spectrum = torch.logspace(0, -1.5, words.shape[1], dtype=torch.float64)  # text features are far from round
+    read, unread = (torch.randn(k, len(spectrum), generator=random).double() * spectrum for k in (n, 2000))
+    words = words * spectrum
+
+    def change(ridge):
+        constraints = Constraints(read.T @ read, words, ridge=ridge)
+        merged, _ = constraints.merge(base, targets)
+        assert (merged @ words.T - targets.T).abs().max() < 1e-10
+        assert constraints.rank == min(n, len(spectrum))
+        return ((merged - base) @ unread.T).norm()
+
+    assert change(RIDGE) < change(1e-8)
 
 
 def test_more_words_than_features_cannot_be():
