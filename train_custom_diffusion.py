@@ -39,16 +39,8 @@ from tqdm.auto import tqdm
 
 from custom_diffusion import hub
 from custom_diffusion.attention import install_trained_projections
-from custom_diffusion.checkpoints import (
-    Checkpoint,
-    find_resume,
-    last_good,
-    remove_old_checkpoints,
-    remove_parts,
-    restore,
-    save_checkpoint,
-)
-from custom_diffusion.cuda_graphs import device_problems, enable_gradient_checkpointing
+from custom_diffusion.checkpoints import find_resume, last_good, remove_parts, restore
+from custom_diffusion.cuda_graphs import device_problems
 from custom_diffusion.data import BatchPlan, SampleSettings, TrainingSamples, make_dataloader
 from custom_diffusion.frozen import replace_frozen_layers, skip_divisions_by_one
 from custom_diffusion.interruption import (
@@ -61,14 +53,22 @@ from custom_diffusion.interruption import (
 )
 from custom_diffusion.latents import LatentEncoder
 from custom_diffusion.memory import return_freed_memory
-from custom_diffusion.models import ConceptModel, ModelSource, cast_frozen, check_model, load_models, load_tokenizer
+from custom_diffusion.models import (
+    ConceptModel,
+    ModelSource,
+    cast_frozen,
+    check_model,
+    enable_gradient_checkpointing,
+    load_models,
+    load_tokenizer,
+)
 from custom_diffusion.objective import custom_diffusion_loss, prediction_target
 from custom_diffusion.prior import class_images, generate_class_images
-from custom_diffusion.readback import predicts_numbers, read_back
+from custom_diffusion.readback import read_back
+from custom_diffusion.run_folder import RunFolder
 from custom_diffusion.sampling import Sampler, log_samples, save_samples
 from custom_diffusion.settings import run_settings, weights_config
 from custom_diffusion.tokens import add_modifier_tokens, token_problems
-from custom_diffusion.weights import ConceptWeights, write_weights
 
 logger = get_logger(__name__)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -90,14 +90,7 @@ def main(args, concepts):
     source = ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant, args.tokenizer_name)
     shape, noise_scheduler = check_model(source)
     tokenizer = load_tokenizer(source)
-    problems = token_problems(tokenizer, pairs, [concept.instance_prompt for concept in concepts])
-    if args.resolution % shape.vae_factor:
-        nearest = max(round(args.resolution / shape.vae_factor), 1) * shape.vae_factor
-        problems.append(f"--resolution: {args.resolution} is not a multiple of {shape.vae_factor}; try {nearest}")
-    if args.cuda_graphs:
-        problems += device_problems(accelerator.device)
-    if problems:
-        raise InputError(*problems)
+    check_flags_fit(args, concepts, shape, tokenizer, accelerator.device)
     settings = run_settings(args, concepts, accelerator.mixed_precision)
     checkpoint = find_resume(accelerator, args, settings)
     if accelerator.is_main_process:
@@ -118,28 +111,14 @@ def main(args, concepts):
         )
 
     # Model: frozen, but for the trained projections and the modifier tokens' rows
-    unet, text_encoder, vae = load_models(source, weight_dtype, accelerator.device)
     plain_tokenizer = copy.deepcopy(tokenizer)
-    install_trained_projections(unet, args.freeze_model)
-    replace_frozen_layers(unet)
-    skip_divisions_by_one(unet)
-    skip_divisions_by_one(vae)
-    add_modifier_tokens(tokenizer, text_encoder, pairs)
-    cast_frozen(unet, weight_dtype)
-    cast_frozen(text_encoder, weight_dtype)
-    if args.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
-    if args.gradient_checkpointing:
-        enable_gradient_checkpointing(unet)
-        if pairs:
-            text_encoder.gradient_checkpointing_enable()
-    concept_model = ConceptModel(unet, text_encoder, tokenizer, [token for token, _ in pairs]).train()
+    concept_model, vae = make_model(args, source, tokenizer, weight_dtype, accelerator.device)
     if checkpoint is not None:
         concept_model.load_trained(checkpoint.weights)
-    num_pictures = args.train_batch_size * (2 if args.with_prior_preservation else 1)
-    latent_size = args.resolution // shape.vae_factor
+    pictures_per_sample = 2 if args.with_prior_preservation else 1
+    latent_shape = (shape.latent_channels, args.resolution // shape.vae_factor, args.resolution // shape.vae_factor)
     if args.cuda_graphs:
-        concept_model.record((num_pictures, shape.latent_channels, latent_size, latent_size))
+        concept_model.record((args.train_batch_size * pictures_per_sample, *latent_shape))
 
     # Data: the sequence of samples, of which this process takes its part from `position` on
     samples = make_samples(args, concepts, shape, noise_scheduler)
@@ -163,7 +142,7 @@ def main(args, concepts):
     # Optimizer and schedule, over the trained parameters alone
     learning_rate = args.learning_rate
     if args.scale_lr:
-        learning_rate *= samples_per_step * (2 if args.with_prior_preservation else 1)
+        learning_rate *= samples_per_step * pictures_per_sample
     optimizer = make_optimizer(args, concept_model.trained_parameters(), learning_rate)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
@@ -177,30 +156,19 @@ def main(args, concepts):
         logger.info(f"Resuming from checkpoint-{step}")
     del checkpoint
 
-    # What is done between steps
-    formats = ("bin",) if args.no_safe_serialization else ("safetensors", "bin")
-    probe = {
-        "prompt": concepts[0].instance_prompt,
-        "latent_shape": (1, shape.latent_channels, latent_size, latent_size),
-    }
+    # What is done between steps, and at the end
+    probe = {"prompt": concepts[0].instance_prompt, "latent_shape": (1, *latent_shape)}
+    run_folder = RunFolder(
+        path=output_dir,
+        model=concept_model,
+        tokens=[token for token, _ in pairs],
+        settings=settings,
+        formats=("bin",) if args.no_safe_serialization else ("safetensors", "bin"),
+        probe=probe,
+    )
 
-    def trained_weights():
-        tensors, rows = concept_model.trained_tensors()
-        tokens = {token: row for (token, _), row in zip(pairs, rows)}
-        return ConceptWeights(tensors, tokens, weights_config(settings, step))
-
-    def check_weights():
-        if not predicts_numbers(concept_model, **probe):
-            raise RunStopped(not_finite_message("prediction", math.nan, step, output_dir))
-
-    def save():
-        check_weights()
-        state = {name: part.state_dict() for name, part in stateful.items()}
-        # One format is enough here; the end of the run writes both.
-        written = Checkpoint(step, position, trained_weights(), state, settings)
-        path = save_checkpoint(output_dir, written, unet, formats[:1])
-        remove_old_checkpoints(path, args.checkpoints_total_limit)
-        logger.info(f"Saved {path}")
+    def save_checkpoint():
+        run_folder.save_checkpoint(step, position, stateful, args.checkpoints_total_limit)
 
     sampler = Sampler(
         source,
@@ -221,7 +189,8 @@ def main(args, concepts):
     def validate():
         if accelerator.is_main_process and sampler.num_images:
             concept_model.eval()
-            show(sampler.pipeline(unet, text_encoder, tokenizer), f"step-{step:06d}", "validation")
+            pipeline = sampler.pipeline(concept_model.unet, concept_model.text_encoder, tokenizer)
+            show(pipeline, f"step-{step:06d}", "validation")
             concept_model.train()
 
     # Training
@@ -262,22 +231,19 @@ def main(args, concepts):
         started, seconds = time.perf_counter(), time.perf_counter() - started
         log_step(accelerator, bar, report, lr_scheduler.get_last_lr()[0], seconds, step)
         if stopping:
-            write_together(accelerator, save, output_dir)
+            write_together(accelerator, save_checkpoint, output_dir)
             raise RunStopped(interrupted_message(output_dir, step), status=128 + report.stop_signal)
         if step % args.checkpointing_steps == 0:
-            write_together(accelerator, save, output_dir)
+            write_together(accelerator, save_checkpoint, output_dir)
         if step % args.validation_steps == 0 and step < max_train_steps:
             validate()
     bar.close()
 
     # Write, read back, draw, share
-    def write():
-        check_weights()
-        write_weights(output_dir, trained_weights(), unet, formats)
-
-    write_together(accelerator, write, output_dir)
+    write_together(accelerator, lambda: run_folder.save_weights(step), output_dir)
     # What only training needs makes room for the pictures. DDP's reducer must go before its process group in any case: as
     # the last to hold a gloo group it could wait for itself forever.
+    del encoder, vae
     stateful.clear()
     concept_model.recorded = None
     model, optimizer, lr_scheduler = accelerator.free_memory(model, optimizer, lr_scheduler)
@@ -316,9 +282,41 @@ def make_accelerator(args):
         raise InputError(f"--mixed_precision: {str(error).splitlines()[0]}") from None
 
 
+def check_flags_fit(args, concepts, shape, tokenizer, device):
+    """Raises InputError for flags that do not fit the model or the device, all in one."""
+    problems = token_problems(tokenizer, modifier_pairs(args), [concept.instance_prompt for concept in concepts])
+    if args.resolution % shape.vae_factor:
+        nearest = max(round(args.resolution / shape.vae_factor), 1) * shape.vae_factor
+        problems.append(f"--resolution: {args.resolution} is not a multiple of {shape.vae_factor}; try {nearest}")
+    if args.cuda_graphs:
+        problems += device_problems(device)
+    if problems:
+        raise InputError(*problems)
+
+
 def prior_dtype(args, device):
     """--prior_generation_precision, by default half precision on a GPU."""
     return DTYPES[args.prior_generation_precision or ("fp16" if device.type == "cuda" else "no")]
+
+
+def make_model(args, source, tokenizer, dtype, device):
+    """The model to train, with the modifier tokens added to `tokenizer`, and the VAE's encoder."""
+    unet, text_encoder, vae = load_models(source, dtype, device)
+    pairs = modifier_pairs(args)
+    install_trained_projections(unet, args.freeze_model)
+    replace_frozen_layers(unet)
+    skip_divisions_by_one(unet)
+    skip_divisions_by_one(vae)
+    add_modifier_tokens(tokenizer, text_encoder, pairs)
+    cast_frozen(unet, dtype)
+    cast_frozen(text_encoder, dtype)
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    if args.gradient_checkpointing:
+        enable_gradient_checkpointing(unet)
+        if pairs:
+            text_encoder.gradient_checkpointing_enable()
+    return ConceptModel(unet, text_encoder, tokenizer, [token for token, _ in pairs]).train(), vae
 
 
 def make_samples(args, concepts, shape, noise_scheduler):

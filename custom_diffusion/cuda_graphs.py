@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch.utils.checkpoint import checkpoint
 
 
 def device_problems(device: torch.device) -> list[str]:
@@ -51,13 +50,3 @@ def record_unet(
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     return lambda noisy_latents, timesteps, features: replay(noisy_latents, timesteps, features, *trained)
-
-
-def enable_gradient_checkpointing(unet: UNet2DConditionModel) -> None:
-    """As diffusers does it, but without keeping the state of the random numbers, which a recording must not ask for.
-
-    Nothing in the UNet is random.
-    """
-    unet.enable_gradient_checkpointing(
-        lambda module, *args: checkpoint(module.__call__, *args, use_reentrant=False, preserve_rng_state=False)
-    )

@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
 
 from custom_diffusion.args import InputError
@@ -175,6 +176,16 @@ def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
     for parameter in module.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
+
+
+def enable_gradient_checkpointing(unet: UNet2DConditionModel) -> None:
+    """As diffusers does it, but without keeping the state of the random numbers, which a recording must not ask for.
+
+    Nothing in the UNet is random.
+    """
+    unet.enable_gradient_checkpointing(
+        lambda module, *args: checkpoint(module.__call__, *args, use_reentrant=False, preserve_rng_state=False)
+    )
 
 
 class ConceptModel(nn.Module):

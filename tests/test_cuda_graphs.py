@@ -10,8 +10,9 @@ from diffusers import UNet2DConditionModel
 from launch import FORKED, PLAIN, SCRIPT, run, torchrun
 
 from custom_diffusion.attention import install_trained_projections
-from custom_diffusion.cuda_graphs import enable_gradient_checkpointing, record_unet
+from custom_diffusion.cuda_graphs import record_unet
 from custom_diffusion.frozen import replace_frozen_layers
+from custom_diffusion.models import enable_gradient_checkpointing
 
 LATENTS, FEATURES = (2, 4, 16, 16), (2, 9, 32)
 EMULATED = """
