@@ -216,23 +216,24 @@ def main(args, concepts):
         losses += torch.stack([loss, *parts]).detach() / args.gradient_accumulation_steps
         if not accelerator.sync_gradients:
             continue
-        if not accelerator.optimizer_step_was_skipped:
-            lr_scheduler.step()
+        lr_scheduler.step()
         step, position = step + 1, position + samples_per_step
         return_freed_memory(accelerator.device)
 
-        report = reports.exchange(step, losses, grad_norm, signals.received)
-        losses = torch.zeros_like(losses)
-        stopping = report.stop_signal != 0
-        if stopping or step == max_train_steps or step % args.checkpointing_steps == 0:
-            report = reports.latest()  # nothing is written before its losses are known
-        if not report.finite:
-            raise RunStopped(not_finite_message("loss", report.loss, report.step, output_dir))
         started, seconds = time.perf_counter(), time.perf_counter() - started
-        log_step(accelerator, bar, report, lr_scheduler.get_last_lr()[0], seconds, step)
-        if stopping:
+        lr = lr_scheduler.get_last_lr()[0]
+        done = reports.exchange(step, losses, grad_norm, signals.received, lr=lr, seconds=seconds)
+        losses = torch.zeros_like(losses)
+        stop_signal = max((report.stop_signal for report in done), default=0)
+        if stop_signal or step == max_train_steps or step % args.checkpointing_steps == 0:
+            done += reports.latest()  # nothing is written before its losses are known
+        for report in done:
+            if not report.finite:
+                raise RunStopped(not_finite_message("loss", report.loss, report.step, output_dir))
+            log_step(accelerator, bar, report)
+        if stop_signal:
             write_together(accelerator, save_checkpoint, output_dir)
-            raise RunStopped(interrupted_message(output_dir, step), status=128 + report.stop_signal)
+            raise RunStopped(interrupted_message(output_dir, step), status=128 + stop_signal)
         if step % args.checkpointing_steps == 0:
             write_together(accelerator, save_checkpoint, output_dir)
         if step % args.validation_steps == 0 and step < max_train_steps:
@@ -245,7 +246,7 @@ def main(args, concepts):
     # the last to hold a gloo group it could wait for itself forever.
     del encoder, vae
     stateful.clear()
-    concept_model.recorded = None
+    loss = parts = concept_model.recorded = None  # the last loss still holds the recording
     model, optimizer, lr_scheduler = accelerator.free_memory(model, optimizer, lr_scheduler)
     return_freed_memory(accelerator.device)
     if accelerator.is_main_process:
@@ -377,19 +378,19 @@ def print_summary(args, concepts, model, samples, samples_per_step, max_train_st
     )
 
 
-def log_step(accelerator, bar, report, learning_rate, seconds, step):
+def log_step(accelerator, bar, report):
     """Show a step's losses in the progress bar and the trackers."""
     bar.update(1)
-    bar.set_postfix(loss=f"{report.loss:.4f}", lr=f"{learning_rate:.3g}")
+    bar.set_postfix(loss=f"{report.loss:.4f}", lr=f"{report.lr:.3g}")
     values = {
         "loss": report.loss,
         "instance_loss": report.instance_loss,
         "prior_loss": report.prior_loss,
-        "lr": learning_rate,
+        "lr": report.lr,
         "grad_norm": report.grad_norm,
-        "steps_per_second": 1 / seconds,
+        "steps_per_second": 1 / report.seconds,
     }
-    accelerator.log(values, step=step)
+    accelerator.log(values, step=report.step)
 
 
 if __name__ == "__main__":

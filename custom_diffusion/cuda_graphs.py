@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch.func import functional_call
 
 
 def device_problems(device: torch.device) -> list[str]:
@@ -34,10 +35,11 @@ def record_unet(
         (noisy latents, timesteps, text features) -> (B, C, h, w), for training batches of these shapes only. The prediction is
         overwritten by the next one.
     """
-    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    trained = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
 
-    def predict(noisy_latents, timesteps, features, *_trained):
-        return unet(noisy_latents, timesteps, features, return_dict=False)[0]
+    def predict(noisy_latents, timesteps, features, *values):
+        batch = (noisy_latents, timesteps, features)
+        return functional_call(unet, dict(zip(trained, values)), batch, {"return_dict": False})[0]
 
     latents = torch.zeros(latents_shape, dtype=unet.dtype, device=unet.device)
     samples = (
@@ -45,8 +47,10 @@ def record_unet(
         torch.zeros(latents_shape[0], dtype=torch.int64, device=unet.device),
         torch.zeros(features_shape, dtype=unet.dtype, device=unet.device, requires_grad=features_need_grad),
     )
-    # The parameters are arguments so that their gradients are recorded too.
-    replay = torch.cuda.make_graphed_callables(predict, (*samples, *trained))
-    for parameter in trained:
+    # The parameters are arguments so that their gradients are recorded too. Other tensors over the same memory stand for
+    # them meanwhile: autograd ties a parameter to the stream that it first meets it on, which must not be the recording's.
+    aliases = [parameter.detach().requires_grad_() for parameter in trained.values()]
+    replay = torch.cuda.make_graphed_callables(predict, (*samples, *aliases))
+    for parameter in trained.values():
         parameter.grad = torch.zeros_like(parameter)
-    return lambda noisy_latents, timesteps, features: replay(noisy_latents, timesteps, features, *trained)
+    return lambda noisy_latents, timesteps, features: replay(noisy_latents, timesteps, features, *trained.values())

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from custom_diffusion.checkpoints import last_good
 
 _PR_SET_PDEATHSIG = 1
+_NUMBERS = ("loss", "instance_loss", "prior_loss", "grad_norm")
 
 
 class RunStopped(Exception):
@@ -54,10 +55,14 @@ class StopSignals:
 class StepReport:
     """What all processes know of a step: losses and gradient norm, averaged, and the signal that any of them got.
 
-    `finite`: the losses are numbers, and so are the gradients, unless they are scaled and may overflow now and then.
+    Attributes:
+        finite: the losses are numbers, and so are the gradients, unless they are scaled and may overflow now and then.
+        lr: the schedule's rate after the step. seconds: what it took.
     """
 
     step: int
+    lr: float
+    seconds: float
     finite: bool
     loss: float
     instance_loss: float
@@ -69,42 +74,52 @@ class StepReport:
 class StepReports:
     """Averages what the processes report of each step, and brings it to the CPU without waiting for the GPU.
 
-    Every process gets the same numbers, so all take the same decisions.
+    Every process gets the same numbers, so all take the same decisions. Each step is reported once, in order.
     """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self._pending = None
 
-    def exchange(self, step: int, losses: torch.Tensor, grad_norm: torch.Tensor, stop_signal: int) -> StepReport:
+    def exchange(
+        self, step: int, losses: torch.Tensor, grad_norm: torch.Tensor, stop_signal: int, *, lr: float, seconds: float
+    ) -> list[StepReport]:
         """Hand over this step's (3,) losses, gradient norm and signal.
 
         Returns:
-            This step's report on a CPU. On a GPU that of the step before, since this step is still being computed;
-            `latest` waits for it.
+            This step's report on a CPU. On a GPU that of the step before, if there is one, since this step is still being
+            computed; `latest` waits for it.
         """
-        own = torch.cat([losses, grad_norm.reshape(1), losses.new_tensor([float(stop_signal)])])
+        signal_number = torch.full((1,), float(stop_signal), device=losses.device)
+        own = torch.cat([losses, grad_norm.reshape(1), signal_number])
         gathered = self.accelerator.gather(own.unsqueeze(0))  # (processes, 5)
         values = torch.cat([gathered[:, :4].mean(dim=0), gathered[:, 4:].amax(dim=0)])
-        before, ready = self._pending, None
-        if values.is_cuda:
-            values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record()
-        self._pending = (step, values, ready)
-        return self._report(*(before if ready and before else self._pending))
+        before = self.latest()
+        values, ready = start_copy(values)
+        self._pending = (values, ready, {"step": step, "lr": lr, "seconds": seconds})
+        return before if ready else self.latest()
 
-    def latest(self) -> StepReport:
-        """The report of the step handed over last."""
-        return self._report(*self._pending)
-
-    def _report(self, step, values, ready):
+    def latest(self) -> list[StepReport]:
+        """What was handed over and not reported yet: at most one step's."""
+        if self._pending is None:
+            return []
+        (values, ready, known), self._pending = self._pending, None
         if ready is not None:
             ready.synchronize()
         *numbers, stop_signal = values.tolist()
         loss, *_, grad_norm = numbers
         finite = math.isfinite(loss) and (self.accelerator.scaler is not None or math.isfinite(grad_norm))
-        return StepReport(step, finite, *numbers, stop_signal=int(stop_signal))
+        return [StepReport(**known, finite=finite, **dict(zip(_NUMBERS, numbers)), stop_signal=int(stop_signal))]
+
+
+def start_copy(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """The values on the CPU, and the event after which they are there; None if they are already."""
+    if not values.is_cuda:
+        return values, None
+    copied = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return copied, ready
 
 
 def write_together(accelerator: Accelerator, write, output_dir: Path) -> None:

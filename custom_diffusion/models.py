@@ -202,6 +202,7 @@ class ConceptModel(nn.Module):
         self.tokenizer = tokenizer
         self.modifier_ids = set(tokenizer.convert_tokens_to_ids(modifier_tokens))
         self.constant_features = {}
+        self._ids = {}
         self.recorded = None  # what predicts in place of the UNet while gradients are wanted
 
     def record(self, latents_shape: tuple[int, int, int, int]) -> None:
@@ -244,31 +245,40 @@ class ConceptModel(nn.Module):
 
     def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
         """(B, T, D) text features of B prompts of T tokens after padding."""
-        ids = [self._token_ids(prompt) for prompt in prompts]
-        learned = [index for index, row in enumerate(ids) if not self.modifier_ids.isdisjoint(row.tolist())]
+        learned = [index for index, prompt in enumerate(prompts) if self._tokenized(prompt)[1]]
         features = [None] * len(prompts)
         if learned:
-            for index, row in zip(learned, self._encode([ids[index] for index in learned])):
+            for index, row in zip(learned, self._encode([prompts[index] for index in learned])):
                 features[index] = row
         for index, prompt in enumerate(prompts):
             if features[index] is None:
                 if prompt not in self.constant_features:
                     with torch.no_grad():
-                        self.constant_features[prompt] = self._encode([ids[index]])[0]
+                        self.constant_features[prompt] = self._encode([prompt])[0]
                 features[index] = self.constant_features[prompt]
         return torch.stack(features)
 
-    def _token_ids(self, prompt):
-        return self.tokenizer(
-            prompt,
-            truncation=True,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            return_tensors="pt",
-        ).input_ids[0]
+    def _encode(self, prompts):
+        return self.text_encoder(torch.stack([self._tokenized(prompt)[0] for prompt in prompts]))[0]
 
-    def _encode(self, ids):
-        return self.text_encoder(torch.stack(ids).to(self.text_encoder.device))[0]
+    def _tokenized(self, prompt):
+        """(T,) token ids on the text encoder's device, and whether a modifier token is among them; kept by prompt."""
+        if prompt not in self._ids:
+            ids = self.tokenizer(
+                prompt,
+                truncation=True,
+                padding="max_length",
+                max_length=self.tokenizer.model_max_length,
+                return_tensors="pt",
+            ).input_ids[0]
+            has_modifier = not self.modifier_ids.isdisjoint(ids.tolist())
+            self._ids[prompt] = _to_device(ids, self.text_encoder.device), has_modifier
+        return self._ids[prompt]
+
+
+def _to_device(tensor, device):
+    """Without waiting for what a GPU is doing, which a copy from ordinary memory would."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _first_line(error):
