@@ -138,6 +138,7 @@ def main(args, concepts):
         samples, plan, num_workers=args.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda"
     )
     encoder = LatentEncoder(vae, num_views if args.cache_latents else None)
+    del vae  # the encoder lets go of it when it has all latents
 
     # Optimizer and schedule, over the trained parameters alone
     learning_rate = args.learning_rate
@@ -244,7 +245,7 @@ def main(args, concepts):
     write_together(accelerator, lambda: run_folder.save_weights(step), output_dir)
     # What only training needs makes room for the pictures. DDP's reducer must go before its process group in any case: as
     # the last to hold a gloo group it could wait for itself forever.
-    del encoder, vae
+    del encoder
     stateful.clear()
     loss = parts = concept_model.recorded = None  # the last loss still holds the recording
     model, optimizer, lr_scheduler = accelerator.free_memory(model, optimizer, lr_scheduler)

@@ -9,7 +9,7 @@ class LatentEncoder:
 
     The posterior's mean and deviation are kept for every view when `num_views` is given (`--cache_latents`), on the device: at
     512 pixels 128 KB a view, which is less than the wait for a copy from the CPU is worth. The noise that samples from it is the
-    sample's own each time. After the last of `num_views` the VAE leaves the device.
+    sample's own each time. After the last of `num_views` the VAE is let go.
 
     Args:
         vae: its encoder is enough.
@@ -18,6 +18,7 @@ class LatentEncoder:
 
     def __init__(self, vae: AutoencoderKL, num_views: int | None):
         self.vae = vae
+        self.scaling_factor = vae.config.scaling_factor
         self.num_views = num_views
         self.cache = {}
 
@@ -29,9 +30,8 @@ class LatentEncoder:
             mean, std = self.moments(batch["pixel_values"])
         else:
             self._fill_cache(batch)
-            moments = [self.cache[view] for view in batch["views"]]
-            mean, std = (torch.stack(part) for part in zip(*moments))
-        return (mean + std * noise) * self.vae.config.scaling_factor
+            mean, std = torch.stack([self.cache[view] for view in batch["views"]], dim=1)
+        return (mean + std * noise) * self.scaling_factor
 
     def moments(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the posterior, each (B, C, h, w) float32, of (B, 3, H, W) pixels."""
@@ -43,8 +43,8 @@ class LatentEncoder:
         for index, view in enumerate(batch["pixel_views"]):
             if view not in self.cache:
                 # One picture at a time, so that its latents do not depend on what else is in the batch.
-                mean, std = self.moments(batch["pixel_values"][index : index + 1])
-                self.cache[view] = (mean[0], std[0])
-        if len(self.cache) == self.num_views and self.vae.device.type != "cpu":
-            self.vae.to("cpu")
+                moments = self.moments(batch["pixel_values"][index : index + 1])
+                self.cache[view] = torch.cat(moments)  # (2, C, h, w)
+        if len(self.cache) == self.num_views and self.vae is not None:
+            self.vae = None
             torch.cuda.empty_cache()
