@@ -10,6 +10,10 @@ import time
 import launch
 import numpy as np
 import pytest
+import torch
+from accelerate import Accelerator
+
+from custom_diffusion import interruption
 
 
 @pytest.fixture(scope="module")
@@ -289,3 +293,22 @@ def test_a_run_without_numbers_stops_and_saves_nothing_of_them(checkpointing_ste
     assert "Traceback" not in run.output
     assert checkpoints(tmp_path / "out") == (["checkpoint-1"] if checkpointing_steps == 1 else [])
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+# Reports
+
+
+def test_a_step_that_a_gpu_still_computes_is_not_waited_for(monkeypatch):
+    class Event:
+        def synchronize(self):
+            waited.append(self)
+
+    waited, events = [], [Event(), Event()]
+    monkeypatch.setattr(interruption, "start_copy", lambda values: (values, events[len(handed)]))
+    reports, handed = interruption.StepReports(Accelerator(cpu=True)), []
+    for step in (1, 2):
+        done = reports.exchange(step, torch.ones(3) * step, torch.tensor(0.5), 0, lr=1e-3, seconds=1.0)
+        handed.append([(report.step, report.loss) for report in done])
+    assert handed == [[], [(1, 1.0)]] and waited == events[:1]
+    assert [(report.step, report.loss) for report in reports.latest()] == [(2, 2.0)] and waited == events
+    assert reports.latest() == []
