@@ -15,7 +15,6 @@ from accelerate.utils import broadcast_object_list
 from custom_diffusion.checkpoints import last_good
 
 _PR_SET_PDEATHSIG = 1
-_NUMBERS = ("loss", "instance_loss", "prior_loss", "grad_norm")
 
 
 class RunStopped(Exception):
@@ -106,10 +105,19 @@ class StepReports:
         (values, ready, known), self._pending = self._pending, None
         if ready is not None:
             ready.synchronize()
-        *numbers, stop_signal = values.tolist()
-        loss, *_, grad_norm = numbers
+        loss, instance_loss, prior_loss, grad_norm, stop_signal = values.tolist()
         finite = math.isfinite(loss) and (self.accelerator.scaler is not None or math.isfinite(grad_norm))
-        return [StepReport(**known, finite=finite, **dict(zip(_NUMBERS, numbers)), stop_signal=int(stop_signal))]
+        return [
+            StepReport(
+                **known,
+                finite=finite,
+                loss=loss,
+                instance_loss=instance_loss,
+                prior_loss=prior_loss,
+                grad_norm=grad_norm,
+                stop_signal=int(stop_signal),
+            )
+        ]
 
 
 def start_copy(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:

@@ -7,9 +7,9 @@ from diffusers import AutoencoderKL
 class LatentEncoder:
     """Encodes batches of `data.collate` into latents.
 
-    The posterior's mean and deviation are kept for every view when `num_views` is given (`--cache_latents`), on the device: at
-    512 pixels 128 KB a view, which is less than the wait for a copy from the CPU is worth. The noise that samples from it is the
-    sample's own each time. After the last of `num_views` the VAE is let go.
+    The posterior's mean and deviation are kept for every view when `num_views` is given (`--cache_latents`); the noise
+    that samples from it is the sample's own each time. They stay on the device, 128 KB a view at 512 pixels, because fetching
+    them from the CPU would stall a GPU at every step. After the last of `num_views` the VAE is let go.
 
     Args:
         vae: its encoder is enough.
