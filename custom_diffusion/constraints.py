@@ -26,8 +26,9 @@ class LayerReport:
 class Constraints:
     """The text features that all layers share, and what solving with them takes, in float64.
 
-    With C_reg the (n, d) features of ordinary captions and C the (s, d) features of the concepts' words, it holds the Cholesky
-    factor L of C_reg' C_reg + ridge I and the QR factors of L^-1 C'.
+    With C_reg the (n, d) features of ordinary captions and C the (s, d) features of the concepts' words, it holds the
+    (s, d) matrix that turns what is missing at the words into the least change of weights: (D C')^-1 D of the paper, whose
+    D = C (C_reg' C_reg + ridge I)^-1.
 
     Args:
         regularisation: C_reg' C_reg, (d, d) float64.
@@ -47,10 +48,12 @@ class Constraints:
         eigenvalues = torch.linalg.eigvalsh(regularisation)
         self.rank = int((eigenvalues > 1e-12 * eigenvalues[-1]).sum())
         metric = regularisation + ridge * eigenvalues.mean() * torch.eye(len(regularisation), dtype=torch.float64)
-        self.cholesky = torch.linalg.cholesky(metric)
-        whitened = torch.linalg.solve_triangular(self.cholesky, words.T, upper=False)  # (d, s)
-        self.q, self.r = torch.linalg.qr(whitened)
-        self.conditioning = float(torch.linalg.cond(self.r)) ** 2  # D C' = R' R
+        cholesky = torch.linalg.cholesky(metric)  # L
+        # By QR of L^-1 C', as (D C')^-1 D = R^-1 Q' L^-1, which does not square the conditioning.
+        q, r = torch.linalg.qr(torch.linalg.solve_triangular(cholesky, words.T, upper=False))  # (d, s), (s, s)
+        whitened = torch.linalg.solve_triangular(r, q.T, upper=True)
+        self.correction = torch.linalg.solve_triangular(cholesky, whitened, upper=False, left=False)  # (s, d)
+        self.conditioning = float(torch.linalg.cond(r)) ** 2  # D C' = R' R
 
     def merge(self, base: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, LayerReport]:
         """W = W0 + (V' - W0 C') (D C')^-1 D, the closest to W0 on C_reg, but for the ridge, with W C' = V'.
@@ -59,17 +62,14 @@ class Constraints:
             base: W0, (out, d). targets: V, (s, out), what the concepts' words must give.
         Returns:
             W (out, d) float64, and how well it does.
-        Source: Custom Diffusion, equations 4-5 and appendix B; D = C (C_reg' C_reg)^-1. Solved by QR of L^-1 C', since
-            (D C')^-1 D = R^-1 Q' L^-1, which does not square the conditioning.
+        Source: Custom Diffusion, equations 4-5 and appendix B.
         """
         base, targets = base.double(), targets.double()
         errors = targets.T - base @ self.words.T  # (out, s)
-        steps = torch.linalg.solve_triangular(self.r, errors, upper=True, left=False) @ self.q.T  # (out, d)
-        change = torch.linalg.solve_triangular(self.cholesky, steps, upper=False, left=False)
-        merged = base + change
+        merged = base + errors @ self.correction
         residual = (merged @ self.words.T - targets.T).abs().max() / targets.abs().max()
         before = (base @ self.regularisation * base).sum()
-        moved = (change @ self.regularisation * change).sum() / before
+        moved = (errors @ (self.correction @ self.regularisation @ self.correction.T) * errors).sum() / before
         return merged, LayerReport(float(residual), float(moved.clamp(min=0).sqrt()), self.conditioning)
 
 
