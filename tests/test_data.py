@@ -1,5 +1,7 @@
 """Augmentation, masks, crops, and the sequence of samples, against cases computed by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -161,6 +163,19 @@ def test_a_sample_depends_on_its_position_only(samples):
     for key in ("pixel_values", "mask", "timesteps", "noise", "posterior_noise"):
         assert torch.equal(first[key], again[key])
         assert key == "mask" or not torch.equal(first[key], samples[12, True][key])
+
+
+def test_a_pool_changes_nothing_where_no_picture_is_random(tmp_path):
+    """`--cache_latents` with `--noaug`, square pictures and no `--hflip`."""
+    photos = [(p, "a <new1> cat") for p in sorted(make_pictures(tmp_path / "a", 3, (70, 70)).iterdir())]
+    classes = [(p, p.stem) for p in sorted(make_pictures(tmp_path / "b", 7, (80, 80), seed=2).iterdir())]
+    settings = replace(SETTINGS, hflip=False, augment=False)
+    without, pool = (TrainingSamples(photos, classes, replace(settings, pool_size=size)) for size in (None, 4))
+    for position in range(14):
+        one, other = without[position, True], pool[position, True]
+        assert one["prompts"] == other["prompts"]
+        for key in ("pixel_values", "mask", "timesteps", "noise", "posterior_noise"):
+            assert torch.equal(one[key], other[key])
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
