@@ -42,16 +42,14 @@ ROWS = (  # of the contact sheet: what is asked of the model before, and after
 )
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps")
     parser.add_argument("--learning_rate", type=float, default=5e-4, help="before --scale_lr")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--without_prior", action="store_true", help="train on the photos alone")
-    parser.add_argument("--without_cache", action="store_true", help="train without --cache_latents")
-    parser.add_argument("--augment", action="store_true", help="train without --noaug, and with --hflip")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def run(command: list[str]) -> None:
@@ -68,9 +66,10 @@ def retrieve_class_images(output: Path) -> Path:
     return folder
 
 
-def train(output: Path, class_data_dir: Path | None, args: argparse.Namespace) -> Path:
-    """The folder of trained weights. Without `class_data_dir` there is no prior preservation."""
-    folder = output / ("weights" if class_data_dir else "weights_without_prior")
+def training_command(
+    folder: Path, class_data_dir: Path | None, flags: list[str], args: argparse.Namespace
+) -> list[str]:
+    """Trains the weights in `folder`. Without `class_data_dir` there is no prior preservation."""
     # --scale_lr doubles the rate for prior preservation; without it, the same rate takes twice the number.
     learning_rate = args.learning_rate * (1 if class_data_dir else 2)
     command = [
@@ -81,17 +80,14 @@ def train(output: Path, class_data_dir: Path | None, args: argparse.Namespace) -
         "--modifier_token", "<new1>", "--resolution", "64", "--train_batch_size", "2",
         "--max_train_steps", str(args.steps), "--learning_rate", str(learning_rate), "--scale_lr",
         "--lr_scheduler", "cosine", "--lr_warmup_steps", "0", "--seed", str(args.seed), "--dataloader_num_workers", "0",
+        *flags,
     ]  # fmt: skip
-    command.append("--hflip" if args.augment else "--noaug")
-    if not args.without_cache:
-        command.append("--cache_latents")
     if class_data_dir:
         command += [
             "--with_prior_preservation", "--real_prior", "--prior_loss_weight", "1.0", "--class_prompt", "circle",
             "--class_data_dir", str(class_data_dir), "--num_class_images", "100",
         ]  # fmt: skip
-    run(command)
-    return folder
+    return command
 
 
 def load_pipeline(weights: Path | None = None) -> StableDiffusionPipeline:
@@ -109,7 +105,8 @@ def main() -> None:
     args = parse_args()
     start = time.time()
     class_data_dir = None if args.without_prior else retrieve_class_images(args.output)
-    weights = train(args.output, class_data_dir, args)
+    weights = args.output / ("weights_without_prior" if args.without_prior else "weights")
+    run(training_command(weights, class_data_dir, ["--noaug", "--cache_latents"], args))
 
     print("\nDrawing before and after ...", flush=True)
     before, after = load_pipeline(), load_pipeline(weights)
