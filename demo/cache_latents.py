@@ -32,7 +32,7 @@ PICTURE_SEEDS = range(2)
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_seeds", type=int, default=48)
+    parser.add_argument("--num_seeds", type=int, default=60)
     parser.add_argument("--work_dir", type=Path, default=ROOT / "demo/output/cache")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     return parser.parse_args()
