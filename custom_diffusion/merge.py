@@ -249,7 +249,8 @@ def caption_moments(
     tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel, captions: list[str], batch_size: int = 16
 ) -> torch.Tensor:
     """C_reg' C_reg, (d, d): of every token of the captions but the start token."""
-    captions = sorted(captions, key=lambda caption: len(tokenizer(caption).input_ids))  # little padding in a batch
+    # Batches of about the same length need little padding.
+    captions = sorted(captions, key=lambda caption: len(tokenizer(caption, truncation=True).input_ids))
     moments = 0
     for start in tqdm(range(0, len(captions), batch_size), desc="Reading captions", unit="batch"):
         batch = text_features(tokenizer, text_encoder, captions[start : start + batch_size])
