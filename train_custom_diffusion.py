@@ -7,19 +7,21 @@ import os
 import signal
 import sys
 
-from custom_diffusion.args import InputError, exit_with_problems, modifier_pairs, parse_args
+from custom_diffusion.cli.training_flags import modifier_pairs, parse_args
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins, Ctrl-C simply ends the process
     args, concepts = parse_args()  # before the imports that take seconds: `--help` and a wrong flag answer at once
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would announce that torchvision, unused, is missing
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on a CPU: huge pages, a tenth faster
+    if sys.platform == "linux":
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on a CPU: huge pages, a tenth faster
 
 import copy
 import errno
 import logging
 import math
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,119 +34,111 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     send_to_device,
-    set_seed,
 )
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
-from custom_diffusion import hub
-from custom_diffusion.attention import install_trained_projections
-from custom_diffusion.checkpoints import find_resume, last_good, remove_parts, restore
-from custom_diffusion.cuda_graphs import device_problems
-from custom_diffusion.data import BatchPlan, SampleSettings, TrainingSamples, make_dataloader
-from custom_diffusion.frozen import replace_frozen_layers, skip_divisions_by_one
-from custom_diffusion.interruption import (
+from custom_diffusion.cli.report import exit_with_problems
+from custom_diffusion.errors import InputError, first_line
+from custom_diffusion.files import recover
+from custom_diffusion.model.attention import install_trained_projections
+from custom_diffusion.model.concept_model import ConceptModel, cast_frozen
+from custom_diffusion.model.cuda_graphs import RecordedUNet, device_problems
+from custom_diffusion.model.frozen import replace_frozen_layers
+from custom_diffusion.model.loading import load_models, load_tokenizer
+from custom_diffusion.model.source import ModelSource, check_model
+from custom_diffusion.model.tokens import add_modifier_tokens, token_problems
+from custom_diffusion.tools import share
+from custom_diffusion.training.augmentation import PROMPT_PREFIXES
+from custom_diffusion.training.checkpoints import find_resume, last_good, restore
+from custom_diffusion.training.class_images import class_images, generate_class_images
+from custom_diffusion.training.latents import LatentEncoder
+from custom_diffusion.training.memory import return_freed_memory
+from custom_diffusion.training.objective import custom_diffusion_losses, prediction_target
+from custom_diffusion.training.readback import read_back
+from custom_diffusion.training.reports import StepReports
+from custom_diffusion.training.run_folder import RunFolder, check_token_files
+from custom_diffusion.training.samples import Progress, SampleSettings, TrainingBatches, TrainingSamples
+from custom_diffusion.training.settings import run_settings, weights_config
+from custom_diffusion.training.stopping import (
     RunStopped,
-    StepReports,
     StopSignals,
     interrupted_message,
-    not_finite_message,
+    non_finite_message,
     write_together,
 )
-from custom_diffusion.latents import LatentEncoder
-from custom_diffusion.memory import return_freed_memory
-from custom_diffusion.models import (
-    ConceptModel,
-    ModelSource,
-    cast_frozen,
-    check_model,
-    enable_gradient_checkpointing,
-    load_models,
-    load_tokenizer,
-)
-from custom_diffusion.objective import custom_diffusion_loss, prediction_target
-from custom_diffusion.prior import class_images, generate_class_images
-from custom_diffusion.readback import read_back
-from custom_diffusion.run_folder import RunFolder
-from custom_diffusion.sampling import Sampler, log_samples, save_samples
-from custom_diffusion.settings import run_settings, weights_config
-from custom_diffusion.tokens import add_modifier_tokens, token_problems
+from custom_diffusion.training.validation import Validation
 
 logger = get_logger(__name__)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+MODEL_FLAG = "--pretrained_model_name_or_path"
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SMALLEST_SCALE = 1e-4  # of fp16 gradients: if they overflow even then, they are not finite at all
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from the flags, the model and the number of processes: worked out once, and passed on.
+
+    Attributes:
+        pairs: (modifier token, initializer token) of each new word. tokens: the modifier tokens alone.
+        weight_dtype: of all that is frozen.
+        latent_shape: (C, h, w).
+        images_per_sample: a photo, and with prior preservation a class image.
+        samples_per_step: of an optimizer step, all processes and accumulated batches together.
+    """
+
+    pairs: list[tuple[str, str]]
+    tokens: list[str]
+    weight_dtype: torch.dtype
+    latent_shape: tuple[int, int, int]
+    images_per_sample: int
+    samples_per_step: int
+    learning_rate: float
 
 
 def main(args, concepts):
-    """One training run, from flags to saved weights and pictures."""
+    """One training run, from flags to saved weights and images."""
+    # Setup: whatever can be known and checked without the weights
     signals = StopSignals()
     accelerator = make_accelerator(args)
-    weight_dtype = DTYPES[accelerator.mixed_precision]
-    output_dir = Path(args.output_dir)
-    pairs = modifier_pairs(args)
-    set_seed(args.seed)
+    device, output_dir = accelerator.device, Path(args.output_dir)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-
-    # Whatever can be checked without the weights
-    source = ModelSource(args.pretrained_model_name_or_path, args.revision, args.variant, args.tokenizer_name)
+    source = ModelSource(
+        args.pretrained_model_name_or_path, args.revision, args.variant, args.tokenizer_name, MODEL_FLAG
+    )
     shape, noise_scheduler = check_model(source)
     tokenizer = load_tokenizer(source)
-    check_flags_fit(args, concepts, shape, tokenizer, accelerator.device)
-    settings = run_settings(args, concepts, accelerator.mixed_precision)
-    checkpoint = find_resume(accelerator, args, settings)
-    if accelerator.is_main_process:
-        remove_parts(output_dir)
-    repo_id = hub.create_repository(args, accelerator) if args.push_to_hub else None
-
-    # Class images
+    check_flags_fit(args, concepts, shape, tokenizer, device)
+    plan = make_plan(args, shape, accelerator)
+    settings = run_settings(
+        args, concepts, plan.tokens, accelerator.mixed_precision, plan.samples_per_step, shape.configuration
+    )
+    checkpoint = open_output(args, accelerator, plan.tokens, settings)
+    repo_id = share.create_repository(args, accelerator) if args.push_to_hub else None
     if args.with_prior_preservation and not args.real_prior:
-        generate_class_images(
-            accelerator,
-            source,
-            concepts,
-            num_class_images=args.num_class_images,
-            batch_size=args.sample_batch_size,
-            dtype=prior_dtype(args, accelerator.device),
-            seed=args.seed,
-            signals=signals,
-        )
+        draw_class_images(args, concepts, source, accelerator, signals)
 
     # Model: frozen, but for the trained projections and the modifier tokens' rows
     plain_tokenizer = copy.deepcopy(tokenizer)
-    concept_model, vae = make_model(args, source, tokenizer, weight_dtype, accelerator.device)
+    concept_model, vae = make_model(args, source, tokenizer, plan, device)
     if checkpoint is not None:
         concept_model.load_trained(checkpoint.weights)
-    pictures_per_sample = 2 if args.with_prior_preservation else 1
-    latent_shape = (shape.latent_channels, args.resolution // shape.vae_factor, args.resolution // shape.vae_factor)
-    if args.cuda_graphs:
-        concept_model.record((args.train_batch_size * pictures_per_sample, *latent_shape))
+    recording = record(args, concept_model, plan) if args.cuda_graphs else None
 
-    # Data: the sequence of samples, of which this process takes its part from `position` on
-    samples = make_samples(args, concepts, shape, noise_scheduler)
-    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    steps_per_epoch = math.ceil(samples.epoch_length / samples_per_step)
-    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    step, position = (checkpoint.step, checkpoint.position) if checkpoint is not None else (0, 0)
-    plan = BatchPlan(
-        first_position=position,
-        num_steps=max(max_train_steps - step, 0),
-        batch_size=args.train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
+    # Data: the run's sequence of samples, of which this process takes its part
+    samples = make_samples(args, concepts, plan, noise_scheduler)
+    max_train_steps = args.max_train_steps or args.num_train_epochs * math.ceil(
+        samples.epoch_length / plan.samples_per_step
     )
-    dataloader, num_views = make_dataloader(
-        samples, plan, num_workers=args.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda"
-    )
-    encoder = LatentEncoder(vae, num_views if args.cache_latents else None)
+    progress = Progress(0, 0) if checkpoint is None else Progress(checkpoint.step, checkpoint.position)
+    batches = make_batches(args, samples, progress, max_train_steps, accelerator)
+    encoder = make_encoder(args, vae, batches, accelerator)
     del vae  # the encoder lets go of it when it has all latents
 
     # Optimizer and schedule, over the trained parameters alone
-    learning_rate = args.learning_rate
-    if args.scale_lr:
-        learning_rate *= samples_per_step * pictures_per_sample
-    optimizer = make_optimizer(args, concept_model.trained_parameters(), learning_rate)
+    optimizer = make_optimizer(args, concept_model.trained_parameters(), plan.learning_rate)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
     )
@@ -154,108 +148,90 @@ def main(args, concepts):
         stateful["scaler"] = accelerator.scaler
     if checkpoint is not None:
         restore(stateful, checkpoint.state)
-        logger.info(f"Resuming from checkpoint-{step}")
+        logger.info(f"Resuming from checkpoint-{progress.step}")
     del checkpoint
 
-    # What is done between steps, and at the end
-    probe = {"prompt": concepts[0].instance_prompt, "latent_shape": (1, *latent_shape)}
-    run_folder = RunFolder(
-        path=output_dir,
-        model=concept_model,
-        tokens=[token for token, _ in pairs],
-        settings=settings,
-        formats=("bin",) if args.no_safe_serialization else ("safetensors", "bin"),
-        probe=probe,
-    )
-
-    def save_checkpoint():
-        run_folder.save_checkpoint(step, position, stateful, args.checkpoints_total_limit)
-
-    sampler = Sampler(
-        source,
-        noise_scheduler,
-        prompt=args.validation_prompt,
-        num_images=args.num_validation_images,
-        size=args.resolution,
-        seed=args.seed,
-        dtype=weight_dtype,
-        device=accelerator.device,
-    )
-
-    def show(pipeline, name, tag):
-        images = sampler.draw(pipeline)
-        log_samples(accelerator, images, tag=tag, prompt=args.validation_prompt, step=step)
-        return save_samples(images, output_dir / "samples", name) if images else []
-
-    def validate():
-        if accelerator.is_main_process and sampler.num_images:
-            concept_model.eval()
-            pipeline = sampler.pipeline(concept_model.unet, concept_model.text_encoder, tokenizer)
-            show(pipeline, f"step-{step:06d}", "validation")
-            concept_model.train()
+    # Output: checkpoints and weights, images, trackers
+    run_folder = make_run_folder(args, concepts, concept_model, plan, settings, stateful)
+    validation = make_validation(args, source, noise_scheduler, plan, accelerator)
+    if accelerator.is_main_process:
+        start_trackers(args, accelerator)
+        print_summary(concepts, concept_model, samples, plan.samples_per_step, max_train_steps)
 
     # Training
-    if accelerator.is_main_process:
-        public = {name: value for name, value in vars(args).items() if name != "hub_token"}
-        accelerator.init_trackers("custom-diffusion", config=public)
-        print_summary(args, concepts, concept_model, samples, samples_per_step, max_train_steps)
-    if step == 0:
-        validate()
+    signals.remember()  # from here on, Ctrl-C and SIGTERM finish the step and write a checkpoint
+    if progress.step == 0:
+        validation.during_training(concept_model, step=0)
     reports = StepReports(accelerator)
-    bar = tqdm(total=max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
-    losses = torch.zeros(3, device=accelerator.device)
+    bar = tqdm(
+        total=max_train_steps, initial=progress.step, desc="Steps", disable=not accelerator.is_local_main_process
+    )
+    losses = {}  # of the step so far, by name
     started = time.perf_counter()
-    for batch in dataloader:
+    for batch in batches:
+        # Forward and backward pass; with accumulation, several of them make a step
         with accelerator.accumulate(model):
-            batch = send_to_device(batch, accelerator.device, non_blocking=True)
-            loss, *parts = training_loss(model, batch, encoder, noise_scheduler, args.prior_loss_weight)
-            accelerator.backward(loss)
+            batch = send_to_device(batch, device, non_blocking=True)
+            batch_losses = training_losses(model, batch, encoder, noise_scheduler, args.prior_loss_weight)
+            accelerator.backward(batch_losses["loss"])
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(concept_model.trained_parameters(), args.max_grad_norm)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=not args.cuda_graphs)
-        losses += torch.stack([loss, *parts]).detach() / args.gradient_accumulation_steps
+            optimizer.zero_grad()
+        for name, loss in batch_losses.items():
+            losses[name] = losses.get(name, 0) + loss.detach() / args.gradient_accumulation_steps
         if not accelerator.sync_gradients:
             continue
-        lr_scheduler.step()
-        step, position = step + 1, position + samples_per_step
-        return_freed_memory(accelerator.device)
 
-        started, seconds = time.perf_counter(), time.perf_counter() - started
-        lr = lr_scheduler.get_last_lr()[0]
-        done = reports.exchange(step, losses, grad_norm, signals.received, lr=lr, seconds=seconds)
-        losses = torch.zeros_like(losses)
+        # A step is done, unless fp16 gradients overflowed: then it does not count, and further samples make up for it
+        progress.position += plan.samples_per_step
+        step_losses, losses = losses, {}
+        if accelerator.optimizer_step_was_skipped:
+            check_scale(accelerator.scaler, progress, output_dir)
+            continue
+        lr_scheduler.step()
+        progress.step += 1
+        return_freed_memory(device)
+
+        # What all processes now know of it: losses to log, and whether to stop
+        seconds, lr = time.perf_counter() - started, lr_scheduler.get_last_lr()[0]
+        done = reports.exchange(progress.step, step_losses, grad_norm, signals.received, lr=lr, seconds=seconds)
         stop_signal = max((report.stop_signal for report in done), default=0)
-        if stop_signal or step == max_train_steps or step % args.checkpointing_steps == 0:
+        checkpointing = stop_signal or progress.step % args.checkpointing_steps == 0
+        if checkpointing or progress.step == max_train_steps:
             done += reports.latest()  # nothing is written before its losses are known
         for report in done:
-            if not report.finite:
-                raise RunStopped(not_finite_message("loss", report.loss, report.step, output_dir))
-            log_step(accelerator, bar, report)
-        if stop_signal:
-            write_together(accelerator, save_checkpoint, output_dir)
-            raise RunStopped(interrupted_message(output_dir, step), status=128 + stop_signal)
-        if step % args.checkpointing_steps == 0:
-            write_together(accelerator, save_checkpoint, output_dir)
-        if step % args.validation_steps == 0 and step < max_train_steps:
-            validate()
-    bar.close()
+            log_step(accelerator, bar, report, output_dir)
 
-    # Write, read back, draw, share
-    write_together(accelerator, lambda: run_folder.save_weights(step), output_dir)
-    # What only training needs makes room for the pictures. DDP's reducer must go before its process group in any case: as
-    # the last to hold a gloo group it could wait for itself forever.
-    del encoder
+        # Between steps: checkpoints and images
+        if checkpointing:
+            write_together(accelerator, output_dir, run_folder.save_checkpoint, progress.step, progress.position)
+        if stop_signal:
+            raise RunStopped(interrupted_message(output_dir, progress.step), status=128 + stop_signal)
+        if progress.step % args.validation_steps == 0 and progress.step < max_train_steps:
+            validation.during_training(concept_model, progress.step)
+        started = time.perf_counter()
+    bar.close()
+    write_together(accelerator, output_dir, run_folder.save_weights, progress.step)
+    signals.end_at_once(f"train_custom_diffusion.py: stopped by a signal; the trained weights are in '{output_dir}'")
+
+    # Teardown: what only training needs makes room for the last images. DDP's reducer must go before its process group in
+    # any case: as the last to hold a gloo group it could wait for itself forever.
     stateful.clear()
-    loss = parts = concept_model.recorded = None  # the last loss still holds the recording
+    batch_losses = step_losses = encoder = batches = None  # the losses still hold the last prediction
+    if recording is not None:
+        recording.remove()
     model, optimizer, lr_scheduler = accelerator.free_memory(model, optimizer, lr_scheduler)
-    return_freed_memory(accelerator.device)
+    return_freed_memory(device)
+
+    # Read back, draw, share
     if accelerator.is_main_process:
-        pipeline = read_back(output_dir, concept_model.eval(), sampler.pipeline, plain_tokenizer, **probe)
+        pipeline = read_back(output_dir, concept_model.eval(), validation.pipeline, plain_tokenizer, **run_folder.probe)
         logger.info(f"Saved the weights in '{output_dir}', and read them back")
-        pictures = show(pipeline, "final", "test")
+        images = validation.show(pipeline, name="final", tag="test", step=progress.step)
         if repo_id is not None:
-            hub.share(args, output_dir, repo_id, weights_config(settings, step), pictures)
+            share.upload_run(args, output_dir, repo_id, weights_config(settings, progress.step), images)
+    accelerator.wait_for_everyone()  # the process group must not go while one of them still works
     accelerator.end_training()
 
 
@@ -277,16 +253,17 @@ def make_accelerator(args):
             kwargs_handlers=[
                 AutocastKwargs(enabled=False),  # frozen weights have their precision, trained ones cast themselves
                 DistributedDataParallelKwargs(broadcast_buffers=False),
-                InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # others wait while one draws pictures
+                InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # others wait while one draws images
             ],
         )
     except ValueError as error:
-        raise InputError(f"--mixed_precision: {str(error).splitlines()[0]}") from None
+        raise InputError(f"--mixed_precision: {first_line(error)}") from None
 
 
 def check_flags_fit(args, concepts, shape, tokenizer, device):
     """Raises InputError for flags that do not fit the model or the device, all in one."""
-    problems = token_problems(tokenizer, modifier_pairs(args), [concept.instance_prompt for concept in concepts])
+    prompts = [[prefix + concept.instance_prompt for prefix in PROMPT_PREFIXES] for concept in concepts]
+    problems = token_problems(tokenizer, modifier_pairs(args), prompts)
     if args.resolution % shape.vae_factor:
         nearest = max(round(args.resolution / shape.vae_factor), 1) * shape.vae_factor
         problems.append(f"--resolution: {args.resolution} is not a multiple of {shape.vae_factor}; try {nearest}")
@@ -296,42 +273,85 @@ def check_flags_fit(args, concepts, shape, tokenizer, device):
         raise InputError(*problems)
 
 
-def prior_dtype(args, device):
-    """--prior_generation_precision, by default half precision on a GPU."""
-    return DTYPES[args.prior_generation_precision or ("fp16" if device.type == "cuda" else "no")]
-
-
-def make_model(args, source, tokenizer, dtype, device):
-    """The model to train, with the modifier tokens added to `tokenizer`, and the VAE's encoder."""
-    unet, text_encoder, vae = load_models(source, dtype, device)
+def make_plan(args, shape, accelerator):
     pairs = modifier_pairs(args)
+    latent_size = args.resolution // shape.vae_factor
+    images_per_sample = 2 if args.with_prior_preservation else 1
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    return Plan(
+        pairs=pairs,
+        tokens=[modifier for modifier, _ in pairs],
+        weight_dtype=DTYPES[accelerator.mixed_precision],
+        latent_shape=(shape.latent_channels, latent_size, latent_size),
+        images_per_sample=images_per_sample,
+        samples_per_step=samples_per_step,
+        learning_rate=args.learning_rate * (samples_per_step * images_per_sample if args.scale_lr else 1),
+    )
+
+
+def open_output(args, accelerator, tokens, settings):
+    """Make sure that the output folder takes what will be written; the checkpoint to resume from, or None."""
+    output_dir = Path(args.output_dir)
+    if accelerator.is_main_process:
+        recover(output_dir)
+    checkpoint = find_resume(accelerator, output_dir, args.resume_from_checkpoint, settings)
+    check_token_files(accelerator, output_dir, tokens)
+    return checkpoint
+
+
+def draw_class_images(args, concepts, source, accelerator, signals):
+    """What is missing to --num_class_images, by default in half precision on a GPU."""
+    precision = args.prior_generation_precision or ("fp16" if accelerator.device.type == "cuda" else "no")
+    generate_class_images(
+        accelerator,
+        source,
+        concepts,
+        num_class_images=args.num_class_images,
+        batch_size=args.sample_batch_size,
+        dtype=DTYPES[precision],
+        seed=args.seed,
+        signals=signals,
+    )
+
+
+def make_model(args, source, tokenizer, plan, device):
+    """The model to train, with the modifier tokens added to `tokenizer`, and the VAE's encoder."""
+    unet, text_encoder, vae = load_models(source, plan.weight_dtype, device)
     install_trained_projections(unet, args.freeze_model)
     replace_frozen_layers(unet)
-    skip_divisions_by_one(unet)
-    skip_divisions_by_one(vae)
-    add_modifier_tokens(tokenizer, text_encoder, pairs)
-    cast_frozen(unet, dtype)
-    cast_frozen(text_encoder, dtype)
+    add_modifier_tokens(tokenizer, text_encoder, plan.pairs)
+    cast_frozen(unet, plan.weight_dtype)
+    cast_frozen(text_encoder, plan.weight_dtype)
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
-        enable_gradient_checkpointing(unet)
-        if pairs:
+        unet.enable_gradient_checkpointing()
+        if plan.pairs:
             text_encoder.gradient_checkpointing_enable()
-    return ConceptModel(unet, text_encoder, tokenizer, [token for token, _ in pairs]).train(), vae
+    return ConceptModel(unet, text_encoder, tokenizer, plan.tokens).train(), vae
 
 
-def make_samples(args, concepts, shape, noise_scheduler):
+def record(args, model, plan):
+    """--cuda_graphs: the UNet's training passes, recorded for batches of one shape."""
+    num_images = args.train_batch_size * plan.images_per_sample
+    features_shape = (num_images, model.tokenizer.model_max_length, model.unet.config.cross_attention_dim)
+    return RecordedUNet(
+        model.unet, (num_images, *plan.latent_shape), features_shape, features_need_grad=bool(plan.tokens)
+    )
+
+
+def make_samples(args, concepts, plan, noise_scheduler):
     """The run's sequence of samples. Decodes the photos."""
-    class_pictures = []
+    class_image_files = []
     if args.with_prior_preservation:
         for concept in concepts:
-            class_pictures += class_images(concept, args.num_class_images, args.real_prior)
+            class_image_files += class_images(concept, args.num_class_images, args.real_prior)
+    latent_channels, latent_size, _ = plan.latent_shape
     settings = SampleSettings(
         seed=args.seed,
         size=args.resolution,
-        latent_size=args.resolution // shape.vae_factor,
-        latent_channels=shape.latent_channels,
+        latent_size=latent_size,
+        latent_channels=latent_channels,
         num_train_timesteps=noise_scheduler.config.num_train_timesteps,
         center_crop=args.center_crop,
         hflip=args.hflip,
@@ -339,7 +359,28 @@ def make_samples(args, concepts, shape, noise_scheduler):
         pool_size=args.augmentations_per_image if args.cache_latents else None,
     )
     photos = [(path, concept.instance_prompt) for concept in concepts for path in concept.photos()]
-    return TrainingSamples(photos, class_pictures, settings)
+    return TrainingSamples(photos, class_image_files, settings)
+
+
+def make_batches(args, samples, progress, max_train_steps, accelerator):
+    return TrainingBatches(
+        samples,
+        progress,
+        max_train_steps,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        batch_size=args.train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+
+
+def make_encoder(args, vae, batches, accelerator):
+    if not args.cache_latents:
+        return LatentEncoder(vae, None)
+    # Samples that make up for skipped fp16 steps may show images that were not planned, so the VAE must stay.
+    return LatentEncoder(vae, batches.num_views if accelerator.scaler is None else math.inf)
 
 
 def make_optimizer(args, parameters, learning_rate):
@@ -360,17 +401,40 @@ def make_optimizer(args, parameters, learning_rate):
     )
 
 
-def training_loss(model, batch, encoder, noise_scheduler, prior_loss_weight):
-    """Total, instance and prior loss of a batch of `data.collate`, on the device."""
-    latents = encoder(batch)
-    noise, timesteps = batch["noise"], batch["timesteps"]
-    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-    model_pred = model(noisy_latents, timesteps, batch["prompts"])
-    target = prediction_target(noise_scheduler, latents, noise, timesteps)
-    return custom_diffusion_loss(model_pred, target, batch["mask"], prior_loss_weight)
+def make_run_folder(args, concepts, model, plan, settings, stateful):
+    return RunFolder(
+        path=Path(args.output_dir),
+        model=model,
+        tokens=plan.tokens,
+        settings=settings,
+        formats=("bin",) if args.no_safe_serialization else ("safetensors", "bin"),
+        probe={"prompt": concepts[0].instance_prompt, "latent_shape": (1, *plan.latent_shape)},
+        total_limit=args.checkpoints_total_limit,
+        stateful=stateful,
+    )
 
 
-def print_summary(args, concepts, model, samples, samples_per_step, max_train_steps):
+def make_validation(args, source, noise_scheduler, plan, accelerator):
+    return Validation(
+        accelerator,
+        Path(args.output_dir),
+        source,
+        noise_scheduler,
+        prompt=args.validation_prompt,
+        num_images=args.num_validation_images,
+        size=args.resolution,
+        seed=args.seed,
+        dtype=plan.weight_dtype,
+    )
+
+
+def start_trackers(args, accelerator):
+    """Hand all flags but the Hub's token to the trackers."""
+    public = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    accelerator.init_trackers("custom-diffusion", config=public)
+
+
+def print_summary(concepts, model, samples, samples_per_step, max_train_steps):
     """What is about to happen, in the log."""
     trained = sum(p.numel() for p in model.trained_parameters())
     logger.info(
@@ -379,19 +443,30 @@ def print_summary(args, concepts, model, samples, samples_per_step, max_train_st
     )
 
 
-def log_step(accelerator, bar, report):
-    """Show a step's losses in the progress bar and the trackers."""
+def training_losses(model, batch, encoder, noise_scheduler, prior_loss_weight):
+    """Losses by name of a batch of `samples.collate`, on the device."""
+    latents = encoder(batch)
+    noise, timesteps = batch["noise"], batch["timesteps"]
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    model_pred = model(noisy_latents, timesteps, batch["prompts"])
+    target = prediction_target(noise_scheduler, latents, noise, timesteps)
+    return custom_diffusion_losses(model_pred, target, batch["mask"], prior_loss_weight)
+
+
+def check_scale(scaler, progress, output_dir):
+    """Raises RunStopped for gradients that overflow whatever they are scaled by: they are not finite at all."""
+    if scaler.get_scale() < SMALLEST_SCALE:
+        raise RunStopped(non_finite_message("gradient", math.nan, progress.step + 1, output_dir))
+
+
+def log_step(accelerator, bar, report, output_dir):
+    """Show a step's losses in the progress bar and the trackers. Raises RunStopped if they are not finite."""
+    if not report.finite:
+        raise RunStopped(non_finite_message("loss", report.losses["loss"], report.step, output_dir))
     bar.update(1)
-    bar.set_postfix(loss=f"{report.loss:.4f}", lr=f"{report.lr:.3g}")
-    values = {
-        "loss": report.loss,
-        "instance_loss": report.instance_loss,
-        "prior_loss": report.prior_loss,
-        "lr": report.lr,
-        "grad_norm": report.grad_norm,
-        "steps_per_second": 1 / report.seconds,
-    }
-    accelerator.log(values, step=report.step)
+    bar.set_postfix(loss=f"{report.losses['loss']:.4f}", lr=f"{report.lr:.3g}")
+    values = {"lr": report.lr, "grad_norm": report.grad_norm, "steps_per_second": 1 / report.seconds}
+    accelerator.log(report.losses | values, step=report.step)
 
 
 if __name__ == "__main__":

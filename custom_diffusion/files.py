@@ -1,24 +1,64 @@
-"""Files and folders that appear whole or not at all: written beside, then renamed."""
+"""What our files are called, and files and folders that appear whole or not at all: written beside, then renamed."""
 
-import io
+import errno
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
+# A trained folder. `weights/format.py` says what is in the files.
+WEIGHTS_NAME = "pytorch_custom_diffusion_weights"
+DELTAS_NAME = "custom_diffusion_deltas.safetensors"
+CONFIG_NAME = "custom_diffusion_config.json"
+WEIGHTS_FILES = (
+    f"{WEIGHTS_NAME}.safetensors",
+    f"{WEIGHTS_NAME}.bin",
+    DELTAS_NAME,
+)  # any of them makes a trained folder
+CARD_NAME = "README.md"
+SAMPLES_DIR = "samples"
+# What a checkpoint has beside them (`training/checkpoints.py`).
+MANIFEST_NAME = "checkpoint.json"
+STATE_NAME = "training_state.pt"
+# A model in the diffusers layout.
+MODEL_INDEX = "model_index.json"
 
-PART = ".part"  # ends the hidden names of what is being written or removed
+# Hidden names `.<name>.<random><suffix>`, of what is being written; complete, about to take its place; and to be replaced.
+PART, READY, REPLACED = ".custom-diffusion-part", ".custom-diffusion-ready", ".custom-diffusion-replaced"
+# What file systems without such a notion answer to chmod and fsync (CIFS, FUSE, Windows). The data is written all the same.
+_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The optimizer step of `checkpoint-N`, or -1 if the name is no checkpoint's."""
+    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return int(match.group(1)) if match else -1
+
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    return output_dir / f"checkpoint-{step}"
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """All `checkpoint-N` folders, oldest first."""
+    found = [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and checkpoint_step(p) >= 0]
+    return sorted(found, key=checkpoint_step)
+
+
+def find_checkpoint(output_dir: Path, name: str) -> Path | None:
+    """The checkpoint folder at the path `name`; a name without a folder is looked for in `output_dir` first."""
+    path = Path(name)
+    candidates = (output_dir / path, path) if path.name == name else (path,)
+    return next((p for p in candidates if p.is_dir() and checkpoint_step(p.resolve()) >= 0), None)
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the place of `path` when the block ends without an exception."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
-    os.close(handle)
-    temporary = Path(temporary)
+    temporary = _hidden(path, PART)
     try:
         yield temporary
         sync(temporary)
@@ -28,49 +68,111 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def open_to_others(path: Path) -> None:
-    """The permissions that a new file or folder gets. tempfile and safetensors make ones that only their owner may read."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path` to fill; it becomes `path` when the block ends without an exception.
 
-    An earlier `path` stays until then.
+    An earlier `path` stays until then. A process that dies while the two change places leaves both, and `recover` puts the
+    new one into its place.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART))
+    temporary = _hidden(path, PART)
+    temporary.mkdir()
     try:
         yield temporary
         for part in [*temporary.rglob("*"), temporary]:
             sync(part)
             open_to_others(part)
         if path.exists():
-            replaced = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART))
+            replaced, ready = temporary.with_suffix(REPLACED), temporary.with_suffix(READY)
+            temporary.replace(ready)
             path.replace(replaced)
-            temporary.replace(path)
+            ready.replace(path)
+            sync(path.parent)
             shutil.rmtree(replaced)
         else:
             temporary.replace(path)
-        sync(path.parent)
+            sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_state(state: dict, path: Path) -> None:
-    """`torch.save`. Raises OSError if the file cannot be written."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    path.write_bytes(buffer.getbuffer())
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that it is never seen half removed under its own name."""
+    doomed = _hidden(path, PART)
+    path.replace(doomed)
+    shutil.rmtree(doomed)
+
+
+def recover(folder: Path) -> None:
+    """Finish what a process left in `folder` that was killed while it wrote, replaced or removed something.
+
+    Only names that this module makes are touched.
+    """
+    for ready in folder.glob(f".*{READY}"):
+        path = _named_in(ready)
+        if path.exists():  # killed before the old one made room
+            shutil.rmtree(ready)
+        else:
+            ready.replace(path)
+    for replaced in folder.glob(f".*{REPLACED}"):
+        path = _named_in(replaced)
+        if path.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.replace(path)
+    for part in [*folder.glob(f".*{PART}"), *folder.glob(f"*/.*{PART}")]:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def _hidden(path, suffix):
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{suffix}")
+
+
+def _named_in(hidden):
+    """The path whose place `.<name>.<random><suffix>` is beside."""
+    return hidden.with_name(hidden.name[1:].rsplit(".", 2)[0])
+
+
+def open_to_others(path: Path) -> None:
+    """The permissions that a new file or folder gets. tempfile and safetensors make ones that only their owner may read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    with _where_supported():
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk, where its file system can say so."""
+    with _where_supported():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _where_supported():
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+
+
+def can_hold(folder: Path, name: str) -> bool:
+    """Whether the file system of `folder`, which need not exist yet, takes a file of this name."""
+    there = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    path = there / f".{name}{PART}"
+    try:
+        path.touch()
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOENT, errno.EILSEQ, errno.ENAMETOOLONG):
+            return False
+        raise
+    path.unlink()
+    return True

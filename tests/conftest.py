@@ -8,7 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs a Hub brings its own
 import pytest
 from tiny import make_class_folder, make_model, make_pictures
 
-from custom_diffusion.weights import read_weights
+from custom_diffusion.weights.format import read_weights
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from custom_diffusion.base_model import base_tensors, empty_unet
-from custom_diffusion.models import ModelSource
-from custom_diffusion.weights import ConceptWeights, write_weights
+from custom_diffusion.__main__ import main
+from custom_diffusion.model.loading import base_tensors, empty_unet
+from custom_diffusion.model.source import ModelSource
+from custom_diffusion.weights.format import ConceptWeights, write_weights
 
 PROMPT = "photo of a <new1> cat"
 
@@ -41,6 +42,11 @@ def make_concept(
     weights = ConceptWeights(tensors, {token: 10 * torch.randn(32, generator=random)}, config)
     write_weights(folder, weights, unet, ("safetensors", "bin"))
     return weights
+
+
+def run_tool(tool: str, *argv) -> None:
+    """What `custom-diffusion TOOL ...` does."""
+    main([tool, *map(str, argv)])
 
 
 def open_pipeline(path: Path, **options) -> DiffusionPipeline:

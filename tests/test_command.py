@@ -1,31 +1,30 @@
 """What all commands promise: help at once, and one clear line on bad input, before anything is written."""
 
-import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from fake_concept import make_concept
+from fake_concept import make_concept, run_tool
 from launch import ROOT
 
-TOOLS = ["generate", "export", "merge", "compress", "info", "hub"]
+TOOLS = ["generate", "export", "merge", "compress", "info", "share"]
 
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_help_answers_before_torch_is_imported(tool):
     code = f"""
 import runpy, sys, resource
-sys.argv = ["{tool}", "--help"]
+sys.argv = ["", "{tool}", "--help"]
 try:
-    runpy.run_module("custom_diffusion.{tool}", run_name="__main__")
+    runpy.run_module("custom_diffusion", run_name="__main__", alter_sys=True)
 except SystemExit as end:
     assert end.code == 0
 assert "torch" not in sys.modules and "numpy" not in sys.modules
 assert resource.getrusage(resource.RUSAGE_SELF).ru_utime < 1
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert f"usage: python -m custom_diffusion.{tool}" in result.stdout
+    assert f"usage: python -m custom_diffusion {tool}" in result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ BAD = [
     (["merge", "cat", "faces", "--output", "new"], "weights: 'faces' has trained"),
     (["merge", "cat", "cat", "--captions", "empty", "--output", "new"], "--captions: no file 'empty/caption.txt'"),
     (["info", "file.txt"], "weights: 'file.txt' is a file"),
-    (["hub", "./nothing"], "weights: folder './nothing' does not exist"),
+    (["share", "./nothing"], "weights: folder './nothing' does not exist"),
 ]  # fmt: skip
 
 
@@ -76,27 +75,20 @@ BAD = [
 def test_bad_input_is_one_line_and_leaves_nothing(folders, argv, expected, monkeypatch, capsys):
     monkeypatch.chdir(folders)
     before = sorted(Path().rglob("*"))
-    tool, *rest = argv
-    module = importlib.import_module(f"custom_diffusion.{tool}")
-    command = importlib.import_module("custom_diffusion.command")
     with pytest.raises(SystemExit) as end:
-        command.run(tool, module.main, module.parse_args(rest))
+        run_tool(*argv)
     assert end.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert len(lines) == 1 and f"python -m custom_diffusion.{tool}: error: " in lines[0] and expected in lines[0]
+    assert len(lines) == 1 and f"custom-diffusion {argv[0]}: error: " in lines[0] and expected in lines[0]
     assert sorted(Path().rglob("*")) == before
 
 
 def test_disk_trouble_is_one_line_and_leaves_nothing(folders, tmp_path, monkeypatch, capsys):
-    from custom_diffusion import command, compress
-
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("custom_diffusion.weights._save_safetensors", full)
+    monkeypatch.setattr("custom_diffusion.weights.format._save_safetensors", full)
     with pytest.raises(SystemExit) as end:
-        command.run(
-            "compress", compress.main, compress.parse_args([str(folders / "cat"), "--output", str(tmp_path / "x")])
-        )
+        run_tool("compress", folders / "cat", "--output", tmp_path / "x")
     assert end.value.code == 1 and "error: [Errno 28] No space left on device" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

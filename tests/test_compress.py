@@ -4,15 +4,15 @@ import json
 
 import pytest
 import torch
-from fake_concept import draw, make_concept, open_pipeline
+from fake_concept import draw, make_concept, open_pipeline, run_tool
 from tiny import make_model
 
 from custom_diffusion import compress, load_custom_diffusion, unload_custom_diffusion
-from custom_diffusion.args import InputError
-from custom_diffusion.base_model import base_tensors
-from custom_diffusion.low_rank import changes, decompose
-from custom_diffusion.models import ModelSource
-from custom_diffusion.weights import read_weights
+from custom_diffusion.errors import InputError
+from custom_diffusion.model.loading import base_tensors
+from custom_diffusion.model.source import ModelSource
+from custom_diffusion.weights.format import read_weights
+from custom_diffusion.weights.low_rank import changes, decompose
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def concept(tiny_model, tmp_path_factory):
 
 
 def run(weights, output, *flags):
-    compress.main(compress.parse_args([str(weights), "--output", str(output), *flags]))
+    run_tool("compress", weights, "--output", output, *flags)
     return output
 
 
@@ -106,7 +106,7 @@ def test_another_base_model_is_noticed(concept, tmp_path, capsys):
     config = other / "unet" / "config.json"
     config.write_text(config.read_text().replace('"cross_attention_dim": 32', '"cross_attention_dim": 48'))
     with pytest.raises(InputError, match="were they trained on another model"):
-        run(concept, tmp_path / "wrong", "--model", str(other))
+        compress(concept, output=tmp_path / "wrong", model=str(other))
     assert not (tmp_path / "wrong").exists()
 
 

@@ -9,19 +9,18 @@ import torch
 from diffusers import UNet2DConditionModel
 from launch import FORKED, PLAIN, SCRIPT, run, torchrun
 
-from custom_diffusion.attention import install_trained_projections
-from custom_diffusion.cuda_graphs import record_unet
-from custom_diffusion.frozen import replace_frozen_layers
-from custom_diffusion.models import enable_gradient_checkpointing
+from custom_diffusion.model.attention import install_trained_projections
+from custom_diffusion.model.cuda_graphs import RecordedUNet, record_unet
+from custom_diffusion.model.frozen import replace_frozen_layers
 
 LATENTS, FEATURES = (2, 4, 16, 16), (2, 9, 32)
 EMULATED = """
 import runpy, sys
 sys.path.insert(0, {tests!r})
 import emulated_graphs
-import custom_diffusion.cuda_graphs
+import custom_diffusion.model.cuda_graphs
 emulated_graphs.install()
-custom_diffusion.cuda_graphs.device_problems = lambda device: []
+custom_diffusion.model.cuda_graphs.device_problems = lambda device: []
 sys.argv[0] = {script!r}
 try:
     runpy.run_path({script!r}, run_name="__main__")
@@ -74,11 +73,16 @@ def test_replays_train_the_same_bits(unet, monkeypatch, dtype, checkpointing):
     plain = copy.deepcopy(unet)
     expected = train(plain, lambda *batch: plain(*batch, return_dict=False)[0], set_to_none=True)
     if checkpointing:
-        enable_gradient_checkpointing(unet)
+        unet.enable_gradient_checkpointing()
     replays = emulated_graphs.EmulatedGraph.replays
-    results = train(unet, record(unet, monkeypatch), set_to_none=False)
+    with monkeypatch.context() as patched:
+        emulated_graphs.install(patched.setattr)
+        recorded = RecordedUNet(unet, LATENTS, FEATURES, features_need_grad=True)
+    results = train(unet, lambda *batch: unet(*batch, return_dict=False)[0], set_to_none=True)
     assert emulated_graphs.EmulatedGraph.replays == replays + 12
     assert all(torch.equal(result, wanted) for result, wanted in zip(results, expected, strict=True))
+    recorded.remove()
+    assert unet.forward.__func__ is UNet2DConditionModel.forward
 
 
 def test_freed_gradients_would_be_overwritten(unet, monkeypatch):

@@ -8,19 +8,15 @@ import torch
 from PIL import Image
 from tiny import make_pictures
 
-from custom_diffusion.data import (
+from custom_diffusion.images import open_image
+from custom_diffusion.training.augmentation import (
     Augmentation,
-    BatchPlan,
-    SampleSettings,
-    TrainingSamples,
-    collate,
     draw_augmentation,
-    make_dataloader,
-    open_picture,
     photo_mask,
     render_class_image,
     render_photo,
 )
+from custom_diffusion.training.samples import Progress, SampleSettings, TrainingBatches, TrainingSamples, collate
 
 SETTINGS = SampleSettings(
     seed=5, size=64, latent_size=16, latent_channels=4, num_train_timesteps=1000, center_crop=False, hflip=True,
@@ -118,14 +114,14 @@ def test_pictures_are_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn right
     image.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_picture(tmp_path / "turned.jpg").size == (20, 40)
+    assert open_image(tmp_path / "turned.jpg").size == (20, 40)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16"])
 def test_pictures_of_any_mode_become_rgb(tmp_path, mode):
     name = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
     Image.new(mode, (30, 30)).save(name)
-    assert open_picture(name).mode == "RGB"
+    assert open_image(name).mode == "RGB"
 
 
 def test_class_images_keep_their_shape():
@@ -185,11 +181,16 @@ def test_a_pool_changes_nothing_where_no_picture_is_random(tmp_path):
 def test_any_division_of_a_step_sees_the_same_samples(samples, num_workers, processes, batch_size, accumulation):
     seen = torch.zeros(0)
     for process in range(processes):
-        plan = BatchPlan(8, 2, batch_size, accumulation, process, processes)
-        assert plan.samples_per_step == 4
-        loader, _ = make_dataloader(samples, plan, num_workers=num_workers, pin_memory=False)
-        batches = list(loader)
-        assert len(batches) == len(plan) == 2 * accumulation
+        progress = Progress(step=2, position=8)
+        batches = []
+        for batch in TrainingBatches(
+            samples, progress, 4, num_workers=num_workers, pin_memory=False, batch_size=batch_size,
+            accumulation=accumulation, process_index=process, num_processes=processes,
+        ):  # fmt: skip
+            batches.append(batch)
+            if len(batches) % accumulation == 0:
+                progress.step += 1
+        assert len(batches) == 2 * accumulation
         seen = torch.cat([seen, *[batch["noise"].flatten(1) for batch in batches]])
     expected = collate([samples[position, True] for position in range(8, 16)])["noise"].flatten(1)
     assert {tuple(row.tolist()) for row in seen} == {tuple(row.tolist()) for row in expected}

@@ -7,10 +7,10 @@ import stat
 import pytest
 import safetensors.torch
 import torch
-from fake_concept import draw, make_concept, open_pipeline
+from fake_concept import draw, make_concept, open_pipeline, run_tool
 
-from custom_diffusion import export, load_custom_diffusion
-from custom_diffusion.weights import read_weights
+from custom_diffusion import load_custom_diffusion
+from custom_diffusion.weights.format import read_weights
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def picture(concept, tiny_model):
 
 
 def run(weights, output, *flags):
-    export.main(export.parse_args([str(weights), "--output", str(output), *flags]))
+    run_tool("export", weights, "--output", output, *flags)
     return output
 
 
@@ -126,9 +126,9 @@ def test_files_have_ordinary_permissions(concept, tmp_path):
 @pytest.mark.parametrize("name", ["cat:v2", "cat=2", "a>b"])
 def test_names_that_would_end_a_prompt_are_refused(concept, tmp_path, capsys, name):
     with pytest.raises(SystemExit):
-        export.parse_args([str(concept), "--output", str(tmp_path / name), "--to", "a1111"])
+        run(concept, tmp_path / name, "--to", "a1111")
     assert "--output: A1111 cannot read" in capsys.readouterr().err
-    assert export.parse_args([str(concept), "--output", str(tmp_path / name), "--to", "lora"])
+    assert run(concept, tmp_path / name, "--to", "lora").is_dir()
 
 
 def test_token_that_is_an_ordinary_word_without_its_brackets(tiny_model, tmp_path, capsys):

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from fake_concept import PROMPT, make_concept, open_pipeline
+from fake_concept import PROMPT, make_concept, open_pipeline, run_tool
 from PIL import Image
 
-from custom_diffusion import generate, load_custom_diffusion
+from custom_diffusion import load_custom_diffusion
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,19 @@ def pixels(path):
 
 def test_draws_what_the_pipeline_draws(concept, tiny_model, tmp_path, capsys):
     output = tmp_path / "new" / "cat.png"
-    generate.main(generate.parse_args(
-        ["--weights", str(concept), "--prompt", PROMPT, "--output", str(output), "--num_inference_steps", "3", "--seed", "5"]
-    ))  # fmt: skip
+    run_tool(
+        "generate",
+        "--weights",
+        concept,
+        "--prompt",
+        PROMPT,
+        "--output",
+        output,
+        "--num_inference_steps",
+        3,
+        "--seed",
+        5,
+    )
     pipe = open_pipeline(tiny_model)
 
     def image():
@@ -44,9 +54,9 @@ def test_draws_what_the_pipeline_draws(concept, tiny_model, tmp_path, capsys):
 def test_several_prompts_and_pictures_have_names_and_seeds(concept, tmp_path):
     args = ["--weights", str(concept), "--prompt", PROMPT, "--prompt", "a cat", "--num_images", "2", "--output", str(tmp_path / "p"),
             "--num_inference_steps", "1", "--height", "32", "--width", "64"]  # fmt: skip
-    generate.main(generate.parse_args(args))
+    run_tool("generate", *args)
     assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["0-0.png", "0-1.png", "1-0.png", "1-1.png"]
     assert pixels(tmp_path / "p" / "0-0.png").shape == (32, 64, 3)
     assert not np.array_equal(pixels(tmp_path / "p" / "0-0.png"), pixels(tmp_path / "p" / "0-1.png"))
-    generate.main(generate.parse_args([*args[:6], *args[8:9], str(tmp_path / "q"), *args[10:], "--seed", "43"]))
+    run_tool("generate", *args[:6], *args[8:9], tmp_path / "q", *args[10:], "--seed", 43)
     assert np.array_equal(pixels(tmp_path / "q" / "0-0.png"), pixels(tmp_path / "p" / "0-1.png"))

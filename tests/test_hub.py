@@ -9,13 +9,14 @@ from argparse import Namespace
 
 import pytest
 import torch
+from fake_concept import run_tool
 from hub_server import READ_TOKEN, TOKEN, HubServer
 from launch import PLAIN, ROOT, run
 from tiny import make_model, make_pictures
 
-from custom_diffusion import hub
-from custom_diffusion.args import InputError
-from custom_diffusion.model_card import model_card, training_command
+from custom_diffusion.errors import InputError
+from custom_diffusion.tools.share import make_repository, upload_run, write_card
+from custom_diffusion.training.model_card import model_card, training_command
 
 CONFIG = {
     "base_model": "tester/base",
@@ -121,7 +122,7 @@ def test_card_says_what_it_is_and_never_the_token(server, pushed):
 
 
 def test_info_describes_a_repository_by_its_id(server, pushed, tmp_path):
-    described = in_client(server, tmp_path, [sys.executable, "-m", "custom_diffusion.info", "tester/my-cat"])
+    described = in_client(server, tmp_path, [sys.executable, "-m", "custom_diffusion", "info", "tester/my-cat"])
     assert described.returncode == 0, described.stderr
     for expected in ("tester/base", "<new1>", "photo of a <new1> cat", "crossattn_kv"):
         assert expected in described.stdout
@@ -155,7 +156,7 @@ assert card.data.base_model == "tester/base"
 
 
 def make_trained_folder(folder):
-    from custom_diffusion.weights import ConceptWeights, write_weights
+    from custom_diffusion.weights.format import ConceptWeights, write_weights
 
     names = [f"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_{p}.weight" for p in "kv"]
     tokens = {token: torch.ones(32) for token in CONFIG["modifier_tokens"]}
@@ -166,16 +167,16 @@ def make_trained_folder(folder):
 def test_failed_upload_loses_nothing_and_the_printed_command_repeats_it(local_hub, tmp_path, capsys):
     make_trained_folder(tmp_path / "my-pot")
     local_hub.refuse = "/commit/"
-    repo_id = hub.make_repository("my-pot", None)
+    repo_id = make_repository("my-pot", None, asked_by="--push_to_hub")
     args = Namespace(validation_prompt=None, hub_token=None)
-    assert hub.share(args, tmp_path / "my-pot", repo_id, CONFIG, []) is False
+    assert upload_run(args, tmp_path / "my-pot", repo_id, CONFIG, []) is False
     error = capsys.readouterr().err
     assert "Traceback" not in error and len(re.findall("^warning: ", error, re.MULTILINE)) == 1
     command = shlex.split(re.search(r"To upload it later: (.+)", error).group(1))
     assert local_hub.repositories["tester/my-pot"] == {}
     local_hub.refuse = None
-    assert command[:3] == ["python", "-m", "custom_diffusion.hub"]
-    hub.main(hub.parse_args(command[3:]))
+    assert command[:3] == ["python", "-m", "custom_diffusion"]
+    run_tool(*command[3:])
     assert {"<new1>.bin", "<new2>.bin", "README.md"} < set(local_hub.repositories["tester/my-pot"])
 
 
@@ -191,7 +192,7 @@ def test_failed_upload_loses_nothing_and_the_printed_command_repeats_it(local_hu
 def test_a_repository_that_cannot_be_written_is_refused_in_one_line(local_hub, name, token, expected):
     local_hub.repositories["somebody/cat"] = {}
     with pytest.raises(InputError, match=expected) as raised:
-        hub.make_repository(name, token)
+        make_repository(name, token, asked_by="--push_to_hub")
     assert len(raised.value.problems) == 1 and "\n" not in raised.value.problems[0]
 
 
@@ -199,14 +200,13 @@ def test_unreachable_hub_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(InputError, match="--push_to_hub: cannot reach the Hub at http:") as raised:
-        hub.make_repository("my-cat", TOKEN)
+        make_repository("my-cat", TOKEN, asked_by="--push_to_hub")
     assert "\n" not in str(raised.value)
 
 
 def test_local_base_model_is_left_out_where_the_hub_refuses_it(local_hub, tmp_path, capsys):
-    card = model_card("tester/x", CONFIG | {"base_model": str(tmp_path)}, [])
-    assert card.data.base_model == str(tmp_path)
-    hub.write_card(tmp_path, card)
+    config = CONFIG | {"base_model": str(tmp_path)}
+    write_card(tmp_path, model_card("tester/x", config, []), config)
     assert "base_model" in capsys.readouterr().err
     assert "base_model:" not in (tmp_path / "README.md").read_text().split("---")[1]
 

@@ -1,12 +1,10 @@
 """What a folder holds, told in lines."""
 
-from fake_concept import make_concept
-
-from custom_diffusion import compress, info
+from fake_concept import make_concept, run_tool
 
 
 def told(folder, capsys):
-    info.main(info.parse_args([str(folder)]))
+    run_tool("info", folder)
     lines = capsys.readouterr().out.splitlines()
     return {line.split(":", 1)[0]: line.split(":", 1)[1].strip() for line in lines}
 
@@ -38,6 +36,6 @@ def test_tells_of_faces_and_of_folders_without_settings(tiny_model, tmp_path, ca
 
 def test_tells_of_compression(tiny_model, tmp_path, capsys):
     make_concept(tmp_path / "cat", tiny_model)
-    compress.main(compress.parse_args([str(tmp_path / "cat"), "--output", str(tmp_path / "small"), "--rank", "3"]))
+    run_tool("compress", tmp_path / "cat", "--output", tmp_path / "small", "--rank", 3)
     capsys.readouterr()
     assert told(tmp_path / "small", capsys)["compressed"] == "rank 3"

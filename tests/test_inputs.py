@@ -10,10 +10,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
-from custom_diffusion.args import InputError, parse_args
-from custom_diffusion.models import ModelSource, check_model, load_tokenizer
-from custom_diffusion.tokens import token_problems
-from custom_diffusion.weights import WEIGHTS_NAME, read_weights
+from custom_diffusion.cli.training_flags import parse_args
+from custom_diffusion.errors import InputError
+from custom_diffusion.files import WEIGHTS_NAME
+from custom_diffusion.model.loading import load_tokenizer
+from custom_diffusion.model.source import ModelSource, check_model
+from custom_diffusion.model.tokens import token_problems
+from custom_diffusion.weights.format import read_weights
 
 # Seen by flags alone
 
@@ -164,7 +167,7 @@ def spoil(name):
 def test_unreadable_pictures_are_named(damage, picture, desk, tmp_path, capsys):
     spoil(damage)(tmp_path / picture)
     (line,) = problems_of(desk, capsys)
-    assert f"cannot read picture '{picture}'" in line
+    assert f"cannot read image '{picture}'" in line
     assert "replace it" in line
 
 
@@ -200,7 +203,7 @@ def test_a_folder_without_pictures(desk, tmp_path, capsys):
     (tmp_path / "empty" / "deeper").mkdir(parents=True)
     shutil.copy(tmp_path / "photos" / "0.jpg", tmp_path / "empty" / "deeper")
     (line,) = problems_of(desk | {"instance_data_dir": "empty"}, capsys)
-    assert line.startswith("--instance_data_dir: no picture in folder 'empty'")
+    assert line.startswith("--instance_data_dir: no image in folder 'empty'")
 
 
 def test_a_class_folder_that_is_not_aligned(desk, tmp_path, capsys):
@@ -211,7 +214,7 @@ def test_a_class_folder_that_is_not_aligned(desk, tmp_path, capsys):
     (tmp_path / "class" / "images" / "2.jpg").unlink()
     captions.write_text("a\n" * 7)
     (line,) = problems_of(desk, capsys)
-    assert "images.txt lists 1 of 7 pictures that do not exist, first 'images/2.jpg'" in line
+    assert "images.txt lists 1 of 7 images that do not exist, first 'images/2.jpg'" in line
     captions.unlink()
     captions.mkdir()
     (line,) = problems_of(desk, capsys)
@@ -282,6 +285,7 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+MODEL_FLAG = "--pretrained_model_name_or_path"
 MODELS = {
     "no JSON": (lambda m: (m / "unet" / "config.json").write_text("{"), "cannot be read as a diffusers model"),
     "no UNet": (lambda m: shutil.rmtree(m / "unet"), "cannot be read as a diffusers model"),
@@ -301,7 +305,7 @@ MODELS = {
 def test_models_that_cannot_be_taught(damage, expected, model):
     damage(model)
     with pytest.raises(InputError) as error:
-        check_model(ModelSource(str(model)))
+        check_model(ModelSource(str(model), flag=MODEL_FLAG))
     (line,) = error.value.problems
     assert line.startswith("--pretrained_model_name_or_path: '")
     assert expected in line
@@ -318,7 +322,7 @@ def test_a_tokenizer_that_is_not_there(tokenizer, model):
     shutil.rmtree(model / "tokenizer")
     flag = "--tokenizer_name" if tokenizer else "--pretrained_model_name_or_path"
     with pytest.raises(InputError, match=f"^{flag}: .* has no tokenizer that can be read"):
-        load_tokenizer(ModelSource(str(model), tokenizer=tokenizer))
+        load_tokenizer(ModelSource(str(model), tokenizer=tokenizer, flag=MODEL_FLAG))
 
 
 @pytest.mark.parametrize(
@@ -336,7 +340,7 @@ def test_a_tokenizer_that_is_not_there(tokenizer, model):
 )
 def test_tokens_that_the_tokenizer_refuses(pair, prompt, expected, tiny_model):
     tokenizer = CLIPTokenizer.from_pretrained(tiny_model, subfolder="tokenizer")
-    (line,) = token_problems(tokenizer, [pair], [prompt])
+    (line,) = token_problems(tokenizer, [pair], [[prompt]])
     assert expected in line
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from custom_diffusion import interruption
+from custom_diffusion.training import reports as step_reports
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,8 @@ def uninterrupted(arguments, tmp_path_factory):
 
 
 def steps_done(run):
-    return max(map(int, re.findall(r"(\d+)/\d+ \[", run.output.rpartition("Training ")[2])), default=0)
+    _, training, after = run.output.rpartition("Training ")
+    return max(map(int, re.findall(r"(\d+)/\d+ \[", after)), default=0) if training else 0
 
 
 def checkpoints(output_dir):
@@ -304,11 +305,11 @@ def test_a_step_that_a_gpu_still_computes_is_not_waited_for(monkeypatch):
             waited.append(self)
 
     waited, events = [], [Event(), Event()]
-    monkeypatch.setattr(interruption, "start_copy", lambda values: (values, events[len(handed)]))
-    reports, handed = interruption.StepReports(Accelerator(cpu=True)), []
+    monkeypatch.setattr(step_reports, "start_copy", lambda values: (values, events[len(handed)]))
+    reports, handed = step_reports.StepReports(Accelerator(cpu=True)), []
     for step in (1, 2):
-        done = reports.exchange(step, torch.ones(3) * step, torch.tensor(0.5), 0, lr=1e-3, seconds=1.0)
-        handed.append([(report.step, report.loss) for report in done])
+        done = reports.exchange(step, {"loss": torch.tensor(float(step))}, torch.tensor(0.5), 0, lr=1e-3, seconds=1.0)
+        handed.append([(report.step, report.losses["loss"]) for report in done])
     assert handed == [[], [(1, 1.0)]] and waited == events[:1]
-    assert [(report.step, report.loss) for report in reports.latest()] == [(2, 2.0)] and waited == events
+    assert [(report.step, report.losses["loss"]) for report in reports.latest()] == [(2, 2.0)] and waited == events
     assert reports.latest() == []

@@ -4,18 +4,22 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DDPMScheduler, DiffusionPipeline
 from test_objective import PAIRS
 from tiny import WORDS
 
 from custom_diffusion import load_custom_diffusion
-from custom_diffusion.attention import install_trained_projections, trained_tensors
-from custom_diffusion.models import ConceptModel, ModelSource, cast_frozen, load_models, load_tokenizer
-from custom_diffusion.objective import custom_diffusion_loss
-from custom_diffusion.readback import read_back
-from custom_diffusion.sampling import Sampler
-from custom_diffusion.tokens import add_modifier_tokens, modifier_embeddings, token_problems
-from custom_diffusion.weights import ConceptWeights, write_weights
+from custom_diffusion.model.attention import install_trained_projections, trained_tensors
+from custom_diffusion.model.concept_model import ConceptModel, cast_frozen
+from custom_diffusion.model.loading import load_models, load_tokenizer
+from custom_diffusion.model.source import ModelSource
+from custom_diffusion.model.tokens import add_modifier_tokens, modifier_embeddings, token_problems
+from custom_diffusion.training.augmentation import PROMPT_PREFIXES
+from custom_diffusion.training.objective import custom_diffusion_losses
+from custom_diffusion.training.readback import read_back
+from custom_diffusion.training.validation import Validation
+from custom_diffusion.weights.format import ConceptWeights, write_weights
 
 PROMPTS = ["photo of a <new1> cat", "a <new2> pot", "photo of a cat", "a pot"]
 
@@ -38,7 +42,7 @@ def step(concept_model, prompts=PROMPTS, learning_rate=1e-2):
     optimizer = torch.optim.AdamW(concept_model.trained_parameters(), lr=learning_rate, fused=True)
     pred = concept_model(latents, torch.tensor([100, 300, 500, 900])[: len(prompts)], prompts)
     mask = torch.ones(len(prompts) // 2 or 1, 1, 16, 16)
-    custom_diffusion_loss(pred, noise, mask, 1.0)[0].backward()
+    custom_diffusion_losses(pred, noise, mask, 1.0)["loss"].backward()
     optimizer.step()
 
 
@@ -113,7 +117,7 @@ def test_bfloat16_trains_close_to_float32(tiny_model):
         latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
         pred = concept_model(latents, torch.tensor([100, 700]), PROMPTS[:2])
         assert pred.dtype == dtype
-        custom_diffusion_loss(pred, latents, torch.ones(2, 1, 16, 16), 1.0)[0].backward()
+        custom_diffusion_losses(pred, latents, torch.ones(2, 1, 16, 16), 1.0)["loss"].backward()
         changes.append(torch.cat([p.grad.flatten() for p in concept_model.trained_parameters()]))
     assert changes[1].dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(*changes, dim=0) > 0.99
@@ -137,12 +141,12 @@ def test_a_fresh_pipeline_predicts_what_was_trained(tmp_path, tiny_model, freeze
 
 def read_back_of(tmp_path, tiny_model, concept_model, tokenizer):
     scheduler = DDPMScheduler.from_pretrained(tiny_model, subfolder="scheduler")
-    sampler = Sampler(
-        ModelSource(str(tiny_model)), scheduler, prompt=None, num_images=2, size=64, seed=0, dtype=torch.float32,
-        device=torch.device("cpu"),
+    validation = Validation(
+        Accelerator(cpu=True), tmp_path, ModelSource(str(tiny_model)), scheduler, prompt=None, num_images=2, size=64,
+        seed=0, dtype=torch.float32,
     )  # fmt: skip
     return read_back(
-        tmp_path, concept_model, sampler.pipeline, tokenizer, prompt=PROMPTS[0], latent_shape=(1, 4, 16, 16)
+        tmp_path, concept_model, validation.pipeline, tokenizer, prompt=PROMPTS[0], latent_shape=(1, 4, 16, 16)
     )
 
 
@@ -181,9 +185,9 @@ def test_class_prompts_are_encoded_once(tiny_model):
 def test_tokenizer_checks(tiny_model):
     tokenizer = load_tokenizer(ModelSource(str(tiny_model)))
     size = len(tokenizer)
-    assert token_problems(tokenizer, PAIRS, PROMPTS[:2]) == []
+    assert token_problems(tokenizer, PAIRS, [[prompt] for prompt in PROMPTS[:2]]) == []
     assert "already has 'cat</w>'" in token_problems(tokenizer, [("cat</w>", "ktn")], [])[0]
     assert "'tree' is 4 tokens" in token_problems(tokenizer, [("<new1>", "tree")], [])[0]
     long_prompt = " ".join(WORDS[:12]) + " <new1>"
-    assert "cut off" in token_problems(tokenizer, PAIRS[:1], [long_prompt])[0]
+    assert "cut off" in token_problems(tokenizer, PAIRS[:1], [[prefix + long_prompt for prefix in PROMPT_PREFIXES]])[0]
     assert len(tokenizer) == size

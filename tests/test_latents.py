@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from custom_diffusion.latents import LatentEncoder
-from custom_diffusion.models import ModelSource, load_models
+from custom_diffusion.model.loading import load_models
+from custom_diffusion.model.source import ModelSource
+from custom_diffusion.training.latents import LatentEncoder
 
 
 @pytest.fixture

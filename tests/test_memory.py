@@ -9,7 +9,7 @@ import pytest
 # Blocks of 4 MB with small ones between them that live on: what glibc by itself keeps once it has seen larger blocks freed.
 PROGRAM = """
 import sys, torch
-from custom_diffusion.memory import return_freed_memory
+from custom_diffusion.training.memory import return_freed_memory
 
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1024

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from fake_concept import draw, make_concept, open_pipeline
+from fake_concept import draw, make_concept, open_pipeline, run_tool
 
 from custom_diffusion import load_custom_diffusion, merge
-from custom_diffusion.args import InputError
-from custom_diffusion.base_model import load_text_encoder, load_tokenizer
-from custom_diffusion.constraints import RIDGE, Constraints, drop_equal_rows
-from custom_diffusion.models import ModelSource
-from custom_diffusion.weights import ConceptWeights, read_weights
+from custom_diffusion.errors import InputError
+from custom_diffusion.model.loading import load_text_encoder, load_tokenizer
+from custom_diffusion.model.source import ModelSource
+from custom_diffusion.tools.merge import SENTENCES, print_reports, regularisation_captions, rename_clashing
+from custom_diffusion.weights.constraints import RIDGE, Constraints, drop_equal_rows
+from custom_diffusion.weights.format import ConceptWeights, read_weights
+from custom_diffusion.weights.text_features import add_tokens, text_features
 
 
 def random_problem(s=12, d=40, out=24, n=200):
@@ -77,7 +79,7 @@ def test_nearly_equal_words_are_warned_of(capsys):
     base, words, captions, targets = random_problem()
     words[1] = words[0] + 1e-7 * words[1]
     _, report = Constraints(captions.T @ captions, words).merge(base, targets)
-    merge.print_reports({"x.to_k.weight": report})
+    print_reports({"x.to_k.weight": report})
     captured = capsys.readouterr()
     assert "ill-conditioned" in captured.err and "change ordinary captions" in captured.err
     assert f"{report.residual:.1e}" in captured.out
@@ -95,7 +97,7 @@ def test_clashing_tokens_are_renamed_in_prompts_too():
         concept("sks", "<new3>", prompt="a sks dog by <new3>"),
         concept("sks", prompt="a sks cup"),
     ]
-    result, renamed = merge.rename_clashing(parts, {"sks2"})
+    result, renamed = rename_clashing(parts, {"sks2"})
     assert renamed == [{}, {"<new2>": "<new4>", "<new1>": "<new5>"}, {}, {"sks": "sks3"}]
     prompts = [part.config["concepts"][0]["instance_prompt"] for part in result]
     assert prompts == ["a <new1> cat on a <new2> pot", "<new5> and <new4>", "a sks dog by <new3>", "a sks3 cup"]
@@ -117,7 +119,7 @@ def merged(tiny_model, tmp_path_factory):
         "".join(f"photo of the {w} in a {v}\n" for w in ["cat", "pot", "person"] for v in "abcdefgh")
     )
     folders = [str(root / name) for name in ("cat", "pot")]
-    merge.main(merge.parse_args([*folders, "--captions", str(root / "captions.txt"), "--output", str(root / "both")]))
+    run_tool("merge", *folders, "--captions", root / "captions.txt", "--output", root / "both")
     return root
 
 
@@ -127,10 +129,10 @@ def test_each_concept_keeps_what_its_own_words_do(merged, tiny_model):
     pot = read_weights(merged / "pot")
     assert torch.equal(both.tokens["<new2>"], pot.tokens["<new1>"])
     source = ModelSource(str(tiny_model))
-    tokenizer, text_encoder = load_tokenizer(source), load_text_encoder(source)
-    merge.add_tokens(tokenizer, text_encoder, both.tokens)
+    tokenizer, text_encoder = load_tokenizer(source), load_text_encoder(source, torch.device("cpu"))
+    add_tokens(tokenizer, text_encoder, both.tokens)
     for prompt, own in (("photo of a <new1> cat", read_weights(merged / "cat")), ("<new2> wooden pot", pot)):
-        ids, features = merge.text_features(tokenizer, text_encoder, [prompt])[0]
+        ids, features = text_features(tokenizer, text_encoder, [prompt])[0]
         start = next(i for i, piece in enumerate(tokenizer.convert_ids_to_tokens(ids)) if piece.startswith("<new"))
         words = features[start:].float()  # the token and all after it
         for name, tensor in own.tensors.items():
@@ -155,13 +157,11 @@ def test_merged_folder_draws(merged, tiny_model):
 
 def test_different_base_models_are_refused(merged, tiny_model, tiny_v_model):
     make_concept(merged / "other", tiny_v_model, token="<new5>", seed=3)
-    args = merge.parse_args([str(merged / "cat"), str(merged / "other"), "--output", str(merged / "x")])
     with pytest.raises(InputError, match="trained on different models"):
-        merge.main(args)
+        merge([merged / "cat", merged / "other"], output=merged / "x")
     assert not (merged / "x").exists()
 
 
 def test_without_captions_sentences_are_made_of_the_classes(merged, tiny_model):
-    args = merge.parse_args([str(merged / "cat"), str(merged / "pot"), "--output", str(merged / "y")])
-    captions = merge.regularisation_captions(args, [read_weights(path) for path in args.weights])
-    assert captions[:2] == ["a cat", "a wooden pot"] and len(set(captions)) == 2 * len(merge.SENTENCES)
+    captions = regularisation_captions([read_weights(merged / name) for name in ("cat", "pot")], [], 200)
+    assert captions[:2] == ["a cat", "a wooden pot"] and len(set(captions)) == 2 * len(SENTENCES)

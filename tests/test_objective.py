@@ -8,14 +8,16 @@ from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
 from tiny import make_class_folder, make_pictures
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from custom_diffusion.attention import install_trained_projections, trained_tensors
-from custom_diffusion.data import SampleSettings, TrainingSamples, collate
-from custom_diffusion.latents import LatentEncoder
-from custom_diffusion.models import ConceptModel, ModelSource, load_models, load_tokenizer
-from custom_diffusion.objective import custom_diffusion_loss, masked_loss, prediction_target
-from custom_diffusion.retrieval.folder import read_class_folder
-from custom_diffusion.tokens import add_modifier_tokens, modifier_embeddings
-from custom_diffusion.weights import to_file_keys
+from custom_diffusion.class_folder import read_class_folder
+from custom_diffusion.model.attention import install_trained_projections, trained_tensors
+from custom_diffusion.model.concept_model import ConceptModel
+from custom_diffusion.model.loading import load_models, load_tokenizer
+from custom_diffusion.model.source import ModelSource
+from custom_diffusion.model.tokens import add_modifier_tokens, modifier_embeddings
+from custom_diffusion.training.latents import LatentEncoder
+from custom_diffusion.training.objective import custom_diffusion_losses, masked_loss, prediction_target
+from custom_diffusion.training.samples import SampleSettings, TrainingSamples, collate
+from custom_diffusion.weights.format import to_file_keys
 
 PAIRS = [("<new1>", "ktn"), ("<new2>", "pll")]
 PRIOR_LOSS_WEIGHT = 0.7
@@ -91,7 +93,7 @@ def our_loss_and_gradients(model, batch, freeze_model):
     noisy = scheduler.add_noise(latents, batch["noise"], batch["timesteps"])
     pred = concept_model(noisy, batch["timesteps"], batch["prompts"])
     target = prediction_target(scheduler, latents, batch["noise"], batch["timesteps"])
-    loss, _, _ = custom_diffusion_loss(pred, target, batch["mask"], PRIOR_LOSS_WEIGHT)
+    loss = custom_diffusion_losses(pred, target, batch["mask"], PRIOR_LOSS_WEIGHT)["loss"]
     loss.backward()
     gradients = to_file_keys({name: p.grad for name, p in trained_tensors(unet).items()}, [], None)
     return loss, gradients, modifier_embeddings(text_encoder).grad
@@ -124,10 +126,10 @@ def test_parts_of_the_loss():
     rng = np.random.default_rng(0)
     pred, target = (torch.from_numpy(rng.standard_normal((4, 4, 2, 2))) for _ in range(2))
     mask = torch.ones(2, 1, 2, 2, dtype=torch.float64)
-    total, instance, prior = custom_diffusion_loss(pred, target, mask, 0.5)
+    total, instance, prior = custom_diffusion_losses(pred, target, mask, 0.5).values()
     error = (pred - target).float().numpy() ** 2
     assert instance.item() == pytest.approx(4 * error[:2].mean())
     assert prior.item() == pytest.approx(error[2:].mean())
     assert total.item() == pytest.approx(instance.item() + 0.5 * prior.item())
-    alone, instance, prior = custom_diffusion_loss(pred[:2], target[:2], mask, 0.5)
+    alone, instance, prior = custom_diffusion_losses(pred[:2], target[:2], mask, 0.5).values()
     assert (alone.item(), prior.item()) == (instance.item(), 0)

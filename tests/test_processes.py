@@ -4,8 +4,8 @@ import launch
 import pytest
 from PIL import Image
 
-from custom_diffusion.concepts import Concept
-from custom_diffusion.prior import missing_pictures, share_of
+from custom_diffusion.cli.concepts import Concept
+from custom_diffusion.training.class_images import missing_images, share_of
 
 TOLERANCE = 1e-5  # after 5 steps at a learning rate of 1e-3
 DRAWING = {"validation_prompt": "<new1> cat", "validation_steps": 3, "num_validation_images": 1}
@@ -133,7 +133,7 @@ def test_each_class_image_is_drawn_once(tmp_path, count):
     (tmp_path / "pot").mkdir()
     for name in ("my own.png", "1-0123.jpg"):
         Image.new("RGB", (8, 8)).save(tmp_path / "pot" / name)
-    missing = missing_pictures(concepts, 7)
+    missing = missing_images(concepts, 7)
     assert sorted((c.class_prompt, index) for c, _, index in missing) == [
         *(("cat", index) for index in range(7)),
         *(("pot", index) for index in (0, 2, 3, 4, 5)),

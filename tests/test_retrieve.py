@@ -17,10 +17,10 @@ from PIL import Image
 from retrieval_server import BAD, GOOD, RetrievalServer, body, encode, picture
 
 import retrieve
+from custom_diffusion.class_folder import read_class_folder
 from custom_diffusion.retrieval import backend, dataset
 from custom_diffusion.retrieval.backend import KnnBackend
 from custom_diffusion.retrieval.candidates import SourceError
-from custom_diffusion.retrieval.folder import read_class_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 

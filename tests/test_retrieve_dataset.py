@@ -12,9 +12,9 @@ import pytest
 from retrieval_server import RetrievalServer, body, encode, picture
 
 import retrieve
+from custom_diffusion.class_folder import read_class_folder
 from custom_diffusion.retrieval.candidates import SourceError, caption_matcher
 from custom_diffusion.retrieval.dataset import CaptionedDataset
-from custom_diffusion.retrieval.folder import read_class_folder
 
 CAPTIONS = [
     ["Two black Cats", "a dog", "a category of things", "the cat's\ntoy", "CAT."][n % 5] + f" {n}" for n in range(15)

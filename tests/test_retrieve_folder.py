@@ -5,7 +5,7 @@ import shutil
 import pytest
 from retrieval_server import body
 
-from custom_diffusion.retrieval.folder import read_class_folder
+from custom_diffusion.class_folder import read_class_folder
 from custom_diffusion.retrieval.pictures import to_class_image
 from custom_diffusion.retrieval.writer import ClassFolder
 
@@ -49,7 +49,7 @@ def test_a_mismatch_of_counts_and_missing_pictures_are_named(tmp_path):
         read_class_folder(tmp_path)
     (tmp_path / "caption.txt").write_text("one\ntwo\nthree")
     (tmp_path / "images" / "1.jpg").unlink()
-    with pytest.raises(ValueError, match=r"lists 1 of 3 pictures that do not exist, first 'images/1.jpg'"):
+    with pytest.raises(ValueError, match=r"lists 1 of 3 images that do not exist, first 'images/1.jpg'"):
         read_class_folder(tmp_path)
     (tmp_path / "caption.txt").unlink()
     with pytest.raises(ValueError, match=r"caption.txt is missing"):

@@ -13,7 +13,8 @@ from test_weights import draw, make_pipeline
 from tiny import make_class_folder, make_pictures
 
 from custom_diffusion import load_custom_diffusion
-from custom_diffusion.weights import WEIGHTS_NAME, read_weights
+from custom_diffusion.files import WEIGHTS_NAME
+from custom_diffusion.weights.format import read_weights
 
 COMMON = {
     "resolution": 64,
@@ -77,7 +78,7 @@ def test_cat_files(cat):
     config = json.loads((cat / "custom_diffusion_config.json").read_text())
     assert config["modifier_tokens"] == ["<new1>"]
     assert config["concepts"][0]["instance_prompt"] == "photo of a <new1> cat"
-    assert len(config["concepts"][0]["photos"]) == 5
+    assert config["concepts"][0]["num_photos"] == 5
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])

@@ -13,13 +13,13 @@ from tiny import make_class_folder, make_pictures
 NUM_STEPS = 4
 AS_ON_A_GPU = f"""
 import runpy
-import custom_diffusion.interruption
+import custom_diffusion.training.reports
 
 class Event:
     def synchronize(self):
         pass
 
-custom_diffusion.interruption.start_copy = lambda values: (values, Event())
+custom_diffusion.training.reports.start_copy = lambda values: (values, Event())
 runpy.run_path({SCRIPT!r}, run_name="__main__")
 """
 

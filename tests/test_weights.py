@@ -13,8 +13,9 @@ from peft import LoraConfig
 from tiny import make_model
 
 from custom_diffusion import load_custom_diffusion, unload_custom_diffusion
-from custom_diffusion.attention import TRAINED_PROJECTIONS, cross_attention_names
-from custom_diffusion.weights import WEIGHTS_NAME, ConceptWeights, read_weights, write_weights
+from custom_diffusion.files import WEIGHTS_NAME
+from custom_diffusion.model.attention import TRAINED_PROJECTIONS
+from custom_diffusion.weights.format import ConceptWeights, cross_attention_names, read_weights, write_weights
 
 PROMPT = "photo of a <new1> cat"
 

@@ -12,7 +12,7 @@ import json
 import shutil
 from pathlib import Path
 
-from custom_diffusion.retrieval.folder import CAPTIONS, PATHS, STATE_DIR, URLS, find_picture, read_list
+from custom_diffusion.class_folder import CAPTIONS, PATHS, STATE_DIR, URLS, find_image, read_list
 from custom_diffusion.retrieval.pictures import TOO_SMALL, Rejected, to_class_image
 
 
@@ -50,7 +50,7 @@ class ClassFolder:
                 self.tried.add(entry["url"])
             self.fingerprints.update(entry.get("fingerprints", ()))
         for line, caption, url in self._read_lists():
-            found = find_picture(self.path, line)
+            found = find_image(self.path, line)
             if found is not None and found.parent == self.path / "images":
                 line = f"images/{found.name}"  # also for lists of the reference script, so that the folder can be moved
             if found is not None and line in kept and found.stat().st_size == kept[line]["size"]:

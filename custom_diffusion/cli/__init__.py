@@ -1,0 +1,1 @@
+"""Flags, concepts and checks: all that can be settled before anything heavy is imported."""

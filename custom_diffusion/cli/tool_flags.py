@@ -1,0 +1,105 @@
+"""What the tools have in common: how their flags are parsed and checked, and how they fail. Imports nothing heavy."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from custom_diffusion.cli.report import exit_with_problems
+from custom_diffusion.errors import InputError
+from custom_diffusion.files import MODEL_INDEX, WEIGHTS_FILES
+
+
+def add_tool(tools, name: str, tool: ModuleType) -> None:
+    """Add the subcommand of a module of `custom_diffusion.tools` to what `add_subparsers` returned.
+
+    Its docstring is the help: the first line says what the tool does, the rest gives examples.
+    """
+    summary = tool.__doc__.strip().splitlines()[0]
+    parser = tools.add_parser(
+        name, help=summary, description=tool.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    tool.add_flags(parser)
+
+
+def run_tool(program: str, tool: ModuleType, args: argparse.Namespace) -> None:
+    """Check the flags, then call `tool.main(args)`.
+
+    Raises:
+        SystemExit: 2 after a line for each thing wrong with the input, 1 after one for a failed write, 130 for Ctrl-C.
+    """
+    problems = tool.flag_problems(args)
+    if problems:
+        exit_with_problems(program, problems)
+    # transformers would announce on import that torchvision, which nothing here uses, is missing.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        tool.main(args)
+    except InputError as error:
+        exit_with_problems(program, error.problems)
+    except OSError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print(f"{program}: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Which base model the weights belong to."""
+    parser.add_argument("--model", help="base model, folder or Hub id (default: the one the weights were trained on)")
+    parser.add_argument("--revision", help="branch, tag or commit of --model on the Hub")
+    parser.add_argument("--variant", help="variant of --model's weight files, for example fp16")
+
+
+def weights_problems(flag: str, path: str) -> list[str]:
+    """A line if `path` can be neither a trained folder nor a Hub id."""
+    folder = Path(path)
+    if folder.is_dir():
+        if any((folder / name).is_file() for name in WEIGHTS_FILES):
+            return []
+        return [f"{flag}: '{path}' has no {WEIGHTS_FILES[0]}, .bin or {WEIGHTS_FILES[2]}; give a trained folder"]
+    if folder.is_file():
+        return [f"{flag}: '{path}' is a file; give the folder that it is in"]
+    if _cannot_be_hub_id(path):
+        return [f"{flag}: folder '{path}' does not exist; give a trained folder or a Hub id"]
+    return []
+
+
+def model_problems(args: argparse.Namespace) -> list[str]:
+    """A line if `--model` can be neither a diffusers folder nor a Hub id."""
+    if args.model is None:
+        return [
+            f"--{name}: needs --model; give both or neither" for name in ("revision", "variant") if getattr(args, name)
+        ]
+    folder = Path(args.model)
+    if folder.is_dir() and not (folder / MODEL_INDEX).is_file():
+        return [f"--model: '{args.model}' has no {MODEL_INDEX}; give a model in the diffusers layout"]
+    if not folder.is_dir() and _cannot_be_hub_id(args.model):
+        return [f"--model: folder '{args.model}' does not exist; give a folder with {MODEL_INDEX} or a Hub id"]
+    return []
+
+
+def _cannot_be_hub_id(path):
+    return not path or path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
+
+
+def output_folder_problems(path: str) -> list[str]:
+    """A line if `--output` cannot become a folder of ours. A folder that holds anything is never replaced."""
+    folder = Path(path)
+    if folder.is_dir() and any(folder.iterdir()):
+        return [f"--output: folder '{path}' is not empty; name a new one"]
+    if folder.exists() and not folder.is_dir():
+        return [f"--output: '{path}' is a file; name a folder"]
+    return writable_problems(path)
+
+
+def writable_problems(path: str) -> list[str]:
+    """A line if nothing can be written at `--output`."""
+    parent = next(p for p in [Path(path), *Path(path).absolute().parents] if p.exists())
+    if parent != Path(path) and not parent.is_dir():
+        return [f"--output: '{parent}' is a file; choose another place"]
+    if not os.access(parent, os.W_OK):
+        return [f"--output: cannot write to '{parent}'; choose another place or change its permissions"]
+    return []

@@ -1,0 +1,168 @@
+"""What can be wrong with the flags of `train_custom_diffusion.py`, as far as it shows without a model. Imports nothing heavy."""
+
+import argparse
+import importlib.util
+import math
+from pathlib import Path
+
+from custom_diffusion.cli.concepts import folder_problems
+from custom_diffusion.files import MODEL_INDEX, find_checkpoint, list_checkpoints
+
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}  # name -> module to install
+POSITIVE = [
+    "num_class_images",
+    "resolution",
+    "train_batch_size",
+    "sample_batch_size",
+    "num_train_epochs",
+    "max_train_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "gradient_accumulation_steps",
+    "validation_steps",
+    "learning_rate",
+    "adam_epsilon",
+    "max_grad_norm",
+    "augmentations_per_image",
+]
+NOT_NEGATIVE = [
+    "seed",
+    "num_validation_images",
+    "prior_loss_weight",
+    "dataloader_num_workers",
+    "lr_warmup_steps",
+    "adam_weight_decay",
+]
+SHARES = ("adam_beta1", "adam_beta2")  # in [0, 1)
+MAY_BE_INFINITE = ("max_grad_norm",)  # no clipping
+LARGEST_SEED = 2**32 - 1  # NumPy's
+LONGEST_TOKEN = 200  # bytes; with a suffix it must be a file name, of which file systems allow 255
+
+
+def flag_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags themselves, one line each; empty when nothing is."""
+    problems = _number_problems(args)
+    problems += _token_problems(args)
+    problems += _model_problems(args)
+    problems += _library_problems(args)
+    problems += _hub_problems(args)
+    problems += _output_problems(args)
+    if args.real_prior and not args.with_prior_preservation:
+        problems.append("--real_prior: needs --with_prior_preservation; add it, or leave --real_prior out")
+    return problems
+
+
+def _number_problems(args):
+    problems = []
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value) and name not in MAY_BE_INFINITE:
+            problems.append(f"--{name}: {value} must be a finite number")
+        elif name in POSITIVE and value is not None and not value > 0:
+            problems.append(f"--{name}: {value} must be greater than 0")
+        elif name in NOT_NEGATIVE and not value >= 0:
+            problems.append(f"--{name}: {value} must be 0 or more")
+        elif name in SHARES and not 0 <= value < 1:
+            problems.append(f"--{name}: {value} must be at least 0 and less than 1")
+    if args.seed > LARGEST_SEED:
+        problems.append(f"--seed: {args.seed} must be at most {LARGEST_SEED}")
+    return problems
+
+
+def _token_problems(args):
+    if args.modifier_token is None:
+        return []
+    problems = []
+    tokens = args.modifier_token.split("+")
+    for token in tokens:
+        if not token or any(c.isspace() or not c.isprintable() for c in token):
+            problems.append(f"--modifier_token: {token!r} is empty or has white space; write for example '<new1>'")
+        elif any(c in token for c in "/\\") or token.startswith(".") or len(token.encode()) > LONGEST_TOKEN:
+            problems.append(f"--modifier_token: {token!r} cannot be a file name; write for example '<new1>'")
+    for token in sorted({t for t in tokens if tokens.count(t) > 1}):
+        problems.append(f"--modifier_token: {token!r} is given more than once; each concept needs a token of its own")
+    for token in tokens:
+        # The tokenizer takes the longest token that fits, and the shorter one would never be learned.
+        if longer := [t for t in tokens if token and token in t and t != token]:
+            problems.append(f"--modifier_token: {token!r} is part of {longer[0]!r}; write for example '<new1>+<new2>'")
+    initializers = args.initializer_token.split("+")
+    if len(initializers) < len(tokens):
+        problems.append(
+            f"--initializer_token: {len(initializers)} for {len(tokens)} modifier tokens; give one for each, joined by '+'"
+        )
+    if not all(initializers):
+        problems.append(
+            f"--initializer_token: {args.initializer_token!r} has an empty part; write for example 'ktn+pll'"
+        )
+    return problems
+
+
+def _model_problems(args):
+    """What can be seen of the model at once, without asking the Hub."""
+    flag, name = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
+    path = Path(name).expanduser()
+    if not name.strip():
+        return [f"{flag}: is empty; give a folder with {MODEL_INDEX} or a Hub id"]
+    if path.is_file():
+        return [f"{flag}: '{name}' is a file; give a folder in the diffusers layout, with {MODEL_INDEX}, or a Hub id"]
+    if path.is_dir() and not (path / MODEL_INDEX).is_file():
+        return [f"{flag}: '{name}' is not a diffusers model, it has no {MODEL_INDEX}; give its folder or a Hub id"]
+    if not path.exists() and name.startswith(("/", ".", "~")):
+        return [f"{flag}: folder '{name}' does not exist; give a folder with {MODEL_INDEX} or a Hub id"]
+    return []
+
+
+def _library_problems(args):
+    problems = []
+
+    def needs(flag, module):
+        if importlib.util.find_spec(module) is None:
+            problems.append(
+                f"{flag}: the package {module!r} is not installed; run `pip install {module}`, or leave it out"
+            )
+
+    if args.report_to in TRACKERS:
+        needs(f"--report_to {args.report_to}", TRACKERS[args.report_to])
+    if args.enable_xformers_memory_efficient_attention:
+        needs("--enable_xformers_memory_efficient_attention", "xformers")
+    if args.use_8bit_adam:
+        needs("--use_8bit_adam", "bitsandbytes")
+    return problems
+
+
+def _hub_problems(args):
+    problems = []
+    if args.hub_token is not None and args.report_to in ("wandb", "all"):
+        problems.append(
+            "--hub_token: with --report_to wandb the token would be stored in the run's public configuration; "
+            "leave the flag out and run `hf auth login` instead"
+        )
+    if args.push_to_hub:
+        from huggingface_hub import get_token
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        if not (args.hub_token or get_token()):
+            problems.append("--push_to_hub: not logged in to the Hub; run `hf auth login` first, or give --hub_token")
+        repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError:
+            problems.append(f"--hub_model_id: {repo_id!r} cannot be a repository; write 'name' or 'user/name'")
+    return problems
+
+
+def _output_problems(args):
+    if not args.output_dir.strip():
+        return ["--output_dir: is empty; name a folder"]
+    output_dir = Path(args.output_dir)
+    problems = folder_problems("--output_dir", output_dir)
+    if not problems:
+        problems = folder_problems("--logging_dir", output_dir / args.logging_dir)
+    name = args.resume_from_checkpoint
+    if name is not None and name != "latest" and find_checkpoint(output_dir, name) is None:
+        there = ", ".join(p.name for p in list_checkpoints(output_dir)) or "none"
+        problems.append(
+            f"--resume_from_checkpoint: no checkpoint {name!r} in '{output_dir}' (there: {there}); "
+            "name one of these, or 'latest'"
+        )
+    return problems

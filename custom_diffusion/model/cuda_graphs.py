@@ -1,0 +1,100 @@
+"""The UNet's forward and backward pass as CUDA graphs: recorded once, then replayed as a whole.
+
+A small batch keeps a fast GPU waiting for the CPU, which launches some thousands of kernels a step. A replay is one launch, of
+the same kernels.
+"""
+
+from collections.abc import Callable
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+
+def device_problems(device: torch.device) -> list[str]:
+    """A line if nothing can be recorded there."""
+    if device.type == "cuda":
+        return []
+    return [f"--cuda_graphs: needs a CUDA device, and this run is on '{device.type}'; leave it out"]
+
+
+class RecordedUNet:
+    """Puts a recording of the UNet's training passes in the place of its `forward`, until `remove`.
+
+    Without gradients (validation, checks) the UNet computes as before. Nothing else of a run need know: gradients that the
+    optimizer has freed are made anew before a replay adds to them.
+
+    Args:
+        latents_shape, features_shape, features_need_grad: as in `record_unet`.
+    """
+
+    def __init__(
+        self, unet: UNet2DConditionModel, latents_shape: tuple, features_shape: tuple, *, features_need_grad: bool
+    ):
+        if unet.is_gradient_checkpointing:
+            unet.enable_gradient_checkpointing(_checkpoint)
+        self.unet = unet
+        self._trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+        self._forward = unet.forward
+        self._replay = record_unet(unet, latents_shape, features_shape, features_need_grad=features_need_grad)
+        unet.forward = self._predict
+
+    def _predict(self, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            return self._forward(*args, **kwargs)
+        for parameter in self._trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return (self._replay(*args),)
+
+    def remove(self) -> None:
+        """Let the UNet compute by itself again, and free the recording as soon as no prediction of it is left."""
+        del self.unet.forward
+        self._replay = None
+
+
+def _checkpoint(module, *args):
+    """As diffusers does it, but without keeping the state of the random numbers, which a recording must not ask for.
+
+    Nothing in the UNet is random.
+    """
+    return checkpoint(module.__call__, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def record_unet(
+    unet: UNet2DConditionModel, latents_shape: tuple, features_shape: tuple, *, features_need_grad: bool
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Record a prediction and its gradients.
+
+    Every trained parameter gets a gradient of zeros that stays where it is. The optimizer must not free it (`zero_grad` with
+    `set_to_none=False`): autograd would then take the recorded gradient itself for it, which the next replay overwrites, and
+    accumulating several would go wrong.
+
+    Args:
+        unet: on a CUDA device; its parameters may change their values from now on, not their places.
+        latents_shape: (B, C, h, w) of every batch. features_shape: (B, T, D).
+        features_need_grad: whether text features are trained.
+    Returns:
+        (noisy latents, timesteps, text features) -> (B, C, h, w), for training batches of these shapes only. The prediction is
+        overwritten by the next one.
+    """
+    trained = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+
+    def predict(noisy_latents, timesteps, features, *values):
+        batch = (noisy_latents, timesteps, features)
+        return functional_call(unet, dict(zip(trained, values)), batch, {"return_dict": False})[0]
+
+    latents = torch.zeros(latents_shape, dtype=unet.dtype, device=unet.device)
+    samples = (
+        latents.to(memory_format=torch.channels_last),  # as the VAE leaves them
+        torch.zeros(latents_shape[0], dtype=torch.int64, device=unet.device),
+        torch.zeros(features_shape, dtype=unet.dtype, device=unet.device, requires_grad=features_need_grad),
+    )
+    # The parameters are arguments so that their gradients are recorded too. Other tensors over the same memory stand for
+    # them meanwhile: autograd ties a parameter to the stream that it first meets it on, which must not be the recording's.
+    aliases = [parameter.detach().requires_grad_() for parameter in trained.values()]
+    replay = torch.cuda.make_graphed_callables(predict, (*samples, *aliases))
+    for parameter in trained.values():
+        parameter.grad = torch.zeros_like(parameter)
+    return lambda noisy_latents, timesteps, features: replay(noisy_latents, timesteps, features, *trained.values())

@@ -1,0 +1,1 @@
+"""What is done with a trained concept, one tool a file."""

@@ -1,0 +1,280 @@
+"""Merge concepts that were trained apart, without training.
+
+  custom-diffusion merge logs/cat logs/pot --captions real_reg/samples_cat real_reg/samples_pot --output logs/cat-pot
+
+Every concept keeps what its own words do, exactly, and ordinary captions change as little as possible (Custom Diffusion,
+equations 4 and 5). Tokens that clash are renamed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from custom_diffusion.class_folder import CAPTIONS
+from custom_diffusion.cli.tool_flags import add_model_flags, model_problems, output_folder_problems, weights_problems
+from custom_diffusion.errors import InputError, warn
+from custom_diffusion.files import whole_folder
+
+if TYPE_CHECKING:
+    from custom_diffusion.model.source import ModelSource
+    from custom_diffusion.weights.constraints import LayerReport
+    from custom_diffusion.weights.format import ConceptWeights
+
+# Above these, a merge is suspect: features that nearly depend on one another force large changes elsewhere.
+MAX_CONDITIONING = 1e10
+MAX_CHANGE = 0.5
+SENTENCES = (
+    "a {}", "{}", "photo of a {}", "a photo of the {}", "a picture of one {} on a table", "two {}s in a garden",
+    "a painting of a {} by the sea", "the {} in front of a house", "a small {} on the street at night",
+    "an old {} with flowers", "a {} made of paper", "close up of a white {}", "a black and red {} in the snow",
+    "a child looks at the {}", "a drawing of a {}, in the style of a comic", "my {} under a tree, in the morning light",
+)  # fmt: skip
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("weights", nargs="+", help="two or more trained folders or Hub ids")
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument(
+        "--captions",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="ordinary captions, which should not change: text files with one a line, or class folders of retrieve.py "
+        "(default: sentences made of the concepts' classes)",
+    )
+    parser.add_argument("--max_captions", type=int, default=200, help="captions to use (default: %(default)s)")
+    add_model_flags(parser)
+
+
+def flag_problems(args: argparse.Namespace) -> list[str]:
+    problems = [problem for path in args.weights for problem in weights_problems("weights", path)]
+    if len(args.weights) < 2:
+        problems.append("weights: one folder has nothing to merge with; give two or more")
+    for path in args.captions:
+        if not caption_file(path).is_file():
+            problems.append(f"--captions: no file '{caption_file(path)}'; give a text file or a class folder")
+    if args.max_captions < 1:
+        problems.append(f"--max_captions: {args.max_captions} must be 1 or more")
+    return problems + model_problems(args) + output_folder_problems(args.output)
+
+
+def caption_file(path: str | Path) -> Path:
+    """A class folder of `retrieve.py` keeps its captions in a file of its own."""
+    return Path(path) / CAPTIONS if Path(path).is_dir() else Path(path)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Merge; print what was renamed, and how well each layer was merged."""
+    flags = {name: value for name, value in vars(args).items() if name != "tool"}
+    merge(flags.pop("weights"), **flags)
+
+
+def merge(
+    weights: list[ConceptWeights | str | Path],
+    *,
+    output: str | Path,
+    captions: list[str | Path] = (),
+    max_captions: int = 200,
+    model: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> dict[str, LayerReport]:
+    """Write one folder with several concepts.
+
+    Args:
+        weights: trained folders, Hub ids, or weights already read; two or more.
+        output: folder to write.
+        captions: ordinary captions, which should not change: text files with one a line, or class folders; by default
+            sentences made of the concepts' classes. max_captions: how many to use.
+        model, revision, variant: the base model, by default the one that the weights name.
+    Returns:
+        How well each matrix was merged, by name.
+    Raises:
+        InputError: the weights or the model cannot be used, or not merged.
+    """
+    import torch
+
+    from custom_diffusion.model.loading import base_tensors, empty_unet_for, load_text_encoder, load_tokenizer
+    from custom_diffusion.model.source import base_of
+    from custom_diffusion.weights.constraints import merge_layers
+    from custom_diffusion.weights.format import ConceptWeights, as_weights, write_weights
+    from custom_diffusion.weights.low_rank import full_tensors
+    from custom_diffusion.weights.text_features import add_tokens, concept_words
+
+    parts = [as_weights(part) for part in weights]
+    names = [
+        f"concept {number}" if isinstance(part, ConceptWeights) else Path(part).name
+        for number, part in enumerate(weights, start=1)
+    ]
+    source = base_of(common_config(names, parts, model), model, revision, variant)
+    for name, part in zip(names, parts):
+        check_mergeable(name, part)
+        unet = empty_unet_for(part, source)
+        if part.shapes().keys() != parts[0].shapes().keys():
+            raise InputError(f"weights: '{name}' and '{names[0]}' are for different layers of the model")
+    tokenizer, text_encoder = load_tokenizer(source), load_text_encoder(source, torch.device("cpu"))
+    parts, renamed = rename_clashing(parts, set(tokenizer.get_vocab()))
+    for name, changed in zip(names, renamed):
+        for old, new in changed.items():
+            print(f"{name}: {old} is now {new}")
+    add_tokens(tokenizer, text_encoder, {token: row for part in parts for token, row in part.tokens.items()})
+    ordinary = regularisation_captions(parts, captions, max_captions)
+    words = [concept_words(tokenizer, text_encoder, part) for part in parts]
+    constraints = make_constraints(tokenizer, text_encoder, ordinary, words)
+    base = base_tensors(source, parts[0].shapes())
+    tensors, reports = merge_layers(constraints, words, [full_tensors(part, base) for part in parts], base)
+    merged = ConceptWeights(tensors, {t: row for part in parts for t, row in part.tokens.items()})
+    merged.config = merged_config(names, source, parts, renamed)
+    with whole_folder(Path(output)) as folder:
+        write_weights(folder, merged, unet, ("safetensors", "bin"))
+    print_reports(reports)
+    print(f"{output}: {', '.join(merged.tokens)}")
+    return reports
+
+
+def make_constraints(tokenizer, text_encoder, captions: list[str], words: list):
+    """What the merge must keep of the concepts' words, and should keep of ordinary captions; else InputError."""
+    import torch
+
+    from custom_diffusion.weights.constraints import Constraints
+    from custom_diffusion.weights.text_features import caption_moments
+
+    regularisation = caption_moments(tokenizer, text_encoder, captions)
+    try:
+        constraints = Constraints(regularisation, torch.cat(words))
+    except ValueError as error:
+        raise InputError(f"weights: {error}; merge fewer concepts, or ones with shorter prompts") from None
+    if constraints.rank < len(regularisation):
+        warn(f"the captions span {constraints.rank} of {len(regularisation)} text features; more --captions do better")
+    return constraints
+
+
+def common_config(names: list[str], parts: list[ConceptWeights], model: str | None) -> dict:
+    """The settings that name the base model. Raises InputError if the parts have different ones and no model is given."""
+    bases = [(p.config.get("base_model"), p.config.get("revision")) for p in parts]
+    if model is None and len(set(bases)) > 1:
+        models = ", ".join(f"'{name}' on {base}" for name, (base, _) in zip(names, bases))
+        raise InputError(
+            f"weights: trained on different models ({models}); if they are one model, name it with --model"
+        )
+    return parts[0].config
+
+
+def check_mergeable(path: str, part: ConceptWeights) -> None:
+    """Raises InputError if these weights cannot be merged by their text features."""
+    if not part.tokens:
+        raise InputError(
+            f"weights: '{path}' has no modifier token, by which its concept could be told; it cannot be merged"
+        )
+    other = [name for name in part.shapes() if not re.search(r"\.to_[kv]\.weight$", name)]
+    if other:
+        raise InputError(
+            f"weights: '{path}' has trained {other[0]} too (--freeze_model crossattn); only keys and values, which see "
+            "nothing but the text, can be merged"
+        )
+
+
+def rename_clashing(
+    parts: list[ConceptWeights], vocabulary: set[str]
+) -> tuple[list[ConceptWeights], list[dict[str, str]]]:
+    """Give tokens that an earlier part has too a new name, in the prompts of their settings as well.
+
+    Returns:
+        The parts, and for each what was renamed.
+    """
+    taken, result, renamed = set(vocabulary), [], []
+    every = {token for part in parts for token in part.tokens}
+    for part in parts:
+        names = {}
+        for token in part.tokens:
+            names[token] = token if token not in taken else _free_name(token, taken | every)
+            taken.add(names[token])
+        longest_first = sorted(names, key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, longest_first)))
+        concepts = [
+            concept
+            | {
+                "instance_prompt": pattern.sub(
+                    lambda match, names=names: names[match.group()], concept["instance_prompt"]
+                )
+            }
+            for concept in part.config.get("concepts", [])
+        ]
+        tokens = {names[token]: row for token, row in part.tokens.items()}
+        config = part.config | {"concepts": concepts, "modifier_tokens": list(tokens)}
+        result.append(replace(part, tokens=tokens, config=config))
+        renamed.append({old: new for old, new in names.items() if old != new})
+    return result, renamed
+
+
+def _free_name(token, taken):
+    """<new1> becomes <new2>, or the first free number after."""
+    stem, end = (token[:-1], ">") if token.endswith(">") else (token, "")
+    stem, number = stem.rstrip("0123456789"), 2
+    while f"{stem}{number}{end}" in taken:
+        number += 1
+    return f"{stem}{number}{end}"
+
+
+def regularisation_captions(parts: list[ConceptWeights], captions: list[str | Path], max_captions: int) -> list[str]:
+    """The captions of these files, taken in turn from each, or sentences made of the parts' classes."""
+    files = []
+    for path in captions:
+        lines = caption_file(path).read_text(encoding="utf-8", errors="replace").splitlines()
+        files.append([line.strip() for line in lines if line.strip()])
+        if not files[-1]:
+            raise InputError(f"--captions: '{caption_file(path)}' is empty; give one caption a line")
+    if not files:
+        classes = {c.get("class_prompt") for part in parts for c in part.config["concepts"]} - {None}
+        if not classes:
+            raise InputError("--captions: the weights name no class to make sentences of; give captions")
+        files = [[sentence.format(name) for sentence in SENTENCES] for name in sorted(classes)]
+    longest = max(map(len, files))
+    in_turn = [lines[i] for i in range(longest) for lines in files if i < len(lines)]
+    return list(dict.fromkeys(in_turn))[:max_captions]
+
+
+def print_reports(reports: dict[str, LayerReport]) -> None:
+    """A table, and warnings where a merge is suspect."""
+    print(f"{'layer':<72} residual  change on captions  conditioning")
+    for name, report in reports.items():
+        short = name.removesuffix(".weight")
+        print(f"{short:<72} {report.residual:8.1e}  {report.change:18.4f}  {report.conditioning:12.1e}")
+    worst = max(reports.values(), key=lambda report: report.conditioning)
+    if worst.conditioning > MAX_CONDITIONING:
+        warn(
+            f"the merge is ill-conditioned ({worst.conditioning:.1e}): words of the concepts have nearly the same features"
+        )
+    changed = [name for name, report in reports.items() if report.change > MAX_CHANGE]
+    if changed:
+        warn(
+            f"{len(changed)} of {len(reports)} matrices change ordinary captions by more than {100 * MAX_CHANGE:.0f} %"
+        )
+
+
+def merged_config(
+    names: list[str], source: ModelSource, parts: list[ConceptWeights], renamed: list[dict[str, str]]
+) -> dict:
+    """The settings file of the merged folder."""
+    return {
+        "base_model": source.path,
+        "revision": source.revision,
+        "variant": source.variant,
+        "freeze_model": "crossattn_kv",
+        "modifier_tokens": [token for part in parts for token in part.tokens],
+        "concepts": [concept for part in parts for concept in part.config["concepts"]],
+        "merged_from": [
+            {
+                "weights": name,
+                "tokens": list(part.tokens),
+                "renamed": new_names,
+                "steps": part.config.get("steps"),
+            }
+            for name, part, new_names in zip(names, parts, renamed)
+        ],
+        "versions": parts[0].config.get("versions", {}),
+    }

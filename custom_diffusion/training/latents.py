@@ -1,0 +1,50 @@
+"""From images to latents: the VAE's encoder, and a cache of what it has encoded."""
+
+import torch
+from diffusers import AutoencoderKL
+
+
+class LatentEncoder:
+    """Encodes batches of `data.collate` into latents.
+
+    The posterior's mean and deviation are kept for every view when `num_views` is given (`--cache_latents`); the noise
+    that samples from it is the sample's own each time. They stay on the device, 128 KB a view at 512 pixels, because fetching
+    them from the CPU would stall a GPU at every step. After the last of `num_views` the VAE is let go.
+
+    Args:
+        vae: its encoder is enough.
+        num_views: how many distinct views the run will show this process, or None not to keep anything.
+    """
+
+    def __init__(self, vae: AutoencoderKL, num_views: int | None):
+        self.vae = vae
+        self.scaling_factor = vae.config.scaling_factor
+        self.num_views = num_views
+        self.cache = {}
+
+    @torch.no_grad()
+    def __call__(self, batch: dict) -> torch.Tensor:
+        """(n B, C, h, w) float32 latents, scaled as the UNet expects, on the VAE's device."""
+        noise = batch["posterior_noise"]
+        if self.num_views is None:
+            mean, std = self.moments(batch["pixel_values"])
+        else:
+            self._fill_cache(batch)
+            mean, std = torch.stack([self.cache[view] for view in batch["views"]], dim=1)
+        return (mean + std * noise) * self.scaling_factor
+
+    def moments(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the posterior, each (B, C, h, w) float32, of (B, 3, H, W) pixels."""
+        pixel_values = pixel_values.to(self.vae.dtype, memory_format=torch.channels_last)
+        posterior = self.vae.encode(pixel_values).latent_dist
+        return posterior.mean.float(), posterior.std.float()
+
+    def _fill_cache(self, batch):
+        for index, view in enumerate(batch["pixel_views"]):
+            if view not in self.cache:
+                # One image at a time, so that its latents do not depend on what else is in the batch.
+                moments = self.moments(batch["pixel_values"][index : index + 1])
+                self.cache[view] = torch.cat(moments)  # (2, C, h, w)
+        if len(self.cache) == self.num_views and self.vae is not None:
+            self.vae = None
+            torch.cuda.empty_cache()

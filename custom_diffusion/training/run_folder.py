@@ -1,0 +1,82 @@
+"""What a run writes into its output folder: checkpoints on the way, the trained weights at the end."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+
+from custom_diffusion.errors import InputError
+from custom_diffusion.files import can_hold
+from custom_diffusion.model.concept_model import ConceptModel
+from custom_diffusion.training.checkpoints import Checkpoint, remove_old_checkpoints, save_checkpoint
+from custom_diffusion.training.readback import predicts_finite
+from custom_diffusion.training.settings import weights_config
+from custom_diffusion.training.stopping import RunStopped, non_finite_message
+from custom_diffusion.weights.format import ConceptWeights, write_weights
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the trained parts of `model` go. Nothing is written of a model whose predictions are no longer finite.
+
+    Attributes:
+        tokens: the modifier tokens, in the order of the model's rows.
+        settings: the run's (`run_settings`).
+        formats: of the weights at the end, as in `write_weights`; of a checkpoint the first is enough.
+        total_limit: how many checkpoints to keep, None for all.
+        stateful: what a checkpoint holds beside the weights, by name: optimizer, schedule and perhaps gradient scaler.
+        probe: a `prompt` and a `latent_shape`, (1, C, h, w), to predict with.
+    """
+
+    path: Path
+    model: ConceptModel
+    tokens: list[str]
+    settings: dict
+    formats: tuple[str, ...]
+    probe: dict
+    total_limit: int | None
+    stateful: dict
+
+    def save_checkpoint(self, step: int, position: int) -> None:
+        """Write `checkpoint-<step>` of a run that has seen `position` samples, and remove the oldest over the limit.
+
+        Raises:
+            RunStopped: the model's predictions are not finite.
+        """
+        weights = self._trained_weights(step)
+        state = {name: part.state_dict() for name, part in self.stateful.items()}
+        checkpoint = Checkpoint(step, position, weights, state, self.settings)
+        path = save_checkpoint(self.path, checkpoint, self.model.unet, self.formats[:1])
+        remove_old_checkpoints(path, self.total_limit)
+        logger.info(f"Saved {path}")
+
+    def save_weights(self, step: int) -> None:
+        """Write the trained weights themselves. Raises RunStopped as `save_checkpoint` does."""
+        write_weights(self.path, self._trained_weights(step), self.model.unet, self.formats)
+
+    def _trained_weights(self, step):
+        if not predicts_finite(self.model, **self.probe):
+            raise RunStopped(non_finite_message("prediction", math.nan, step, self.path))
+        tensors, rows = self.model.trained_tensors()
+        return ConceptWeights(tensors, dict(zip(self.tokens, rows)), weights_config(self.settings, step))
+
+
+def check_token_files(accelerator: Accelerator, output_dir: Path, tokens: list[str]) -> None:
+    """Raises InputError, in all processes, for a token whose file the output folder's file system cannot hold."""
+    problem = [None]
+    if accelerator.is_main_process:
+        refused = [token for token in tokens if not can_hold(output_dir, f"{token}.safetensors")]
+        if refused:
+            better = "+".join("".join(c for c in token if c.isalnum()) or "new1" for token in tokens)
+            problem[0] = (
+                f"--modifier_token: the file system of '{output_dir}' cannot hold a file named "
+                f"'{refused[0]}.safetensors'; use --modifier_token {better}, in the prompts too"
+            )
+    broadcast_object_list(problem)
+    if problem[0]:
+        raise InputError(problem[0])

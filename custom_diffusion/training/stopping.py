@@ -1,0 +1,110 @@
+"""Stopping a run, in all processes together: on SIGTERM or Ctrl-C, a non-finite loss, a full disk."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
+
+from custom_diffusion.training.checkpoints import last_good
+
+_PR_SET_PDEATHSIG = 1
+
+
+class RunStopped(Exception):
+    """The run ends early. `status` is the exit status of the process."""
+
+    def __init__(self, message: str, status: int = 1):
+        super().__init__(message)
+        self.status = status
+
+
+class StopSignals:
+    """What SIGTERM and Ctrl-C do. Until they are asked to do otherwise, they simply end the process.
+
+    Attributes:
+        received: the signal's number, 0 before any.
+    """
+
+    def __init__(self):
+        self.received = 0
+        self._interrupted = False
+        launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+        if sys.platform == "linux" and launched:
+            # `accelerate launch` dies of a SIGTERM without passing it on, and every launcher of a SIGKILL; the kernel
+            # then sends this process one.
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    def remember(self) -> None:
+        """From now on keep the first signal for later in `received`; a second Ctrl-C ends the process at once."""
+        self._handle(self._remember)
+
+    @contextmanager
+    def remembered(self) -> Iterator[None]:
+        """`remember` for the length of a block."""
+        self.remember()
+        try:
+            yield
+        finally:
+            self._handle(signal.SIG_DFL)
+
+    def end_at_once(self, message: str) -> None:
+        """From now on, and if one was received before, a signal ends the process, after this message."""
+
+        def end(number, _):
+            if int(os.environ.get("RANK", 0)) == 0:
+                tqdm.write(message, file=sys.stderr)
+            os._exit(128 + number)
+
+        self._handle(end)
+        if self.received:
+            end(self.received, None)
+
+    def _handle(self, handler):
+        signal.signal(signal.SIGTERM, handler)
+        signal.signal(signal.SIGINT, handler)
+
+    def _remember(self, number, _):
+        if number == signal.SIGINT and self._interrupted:
+            os._exit(128 + number)
+        self._interrupted = self._interrupted or number == signal.SIGINT
+        self.received = self.received or number
+
+
+def write_together(accelerator: Accelerator, output_dir: Path, write: Callable, *args) -> None:
+    """Call `write(*args)` on the main process, while the others wait.
+
+    Raises:
+        RunStopped: in all processes, if it cannot write; the message says why.
+    """
+    problem = [None]
+    if accelerator.is_main_process:
+        try:
+            write(*args)
+        except RunStopped as stop:
+            problem[0] = str(stop)
+        except OSError as error:
+            problem[0] = f"cannot write to '{output_dir}': {error}. {last_good(output_dir)}"
+    broadcast_object_list(problem)
+    if problem[0]:
+        raise RunStopped(problem[0])
+
+
+def non_finite_message(what: str, value: float, step: int, output_dir: Path) -> str:
+    return (
+        f"the {what} is {value} at step {step}; nothing of it was saved. Lower --learning_rate, or use another "
+        f"--mixed_precision. {last_good(output_dir)}"
+    )
+
+
+def interrupted_message(output_dir: Path, step: int) -> str:
+    return (
+        f"stopped by a signal after step {step}; saved '{output_dir / f'checkpoint-{step}'}'. "
+        "To go on, repeat the command with --resume_from_checkpoint latest"
+    )

@@ -1,0 +1,1 @@
+"""Trained weights: their files, their way into and out of a pipeline, and the algebra on them."""

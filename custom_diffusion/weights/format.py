@@ -1,0 +1,246 @@
+"""The trained folder: what it holds, how it is written and read."""
+
+import glob
+import io
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from diffusers import UNet2DConditionModel
+
+from custom_diffusion.errors import InputError, first_line
+from custom_diffusion.files import CONFIG_NAME, DELTAS_NAME, WEIGHTS_FILES, WEIGHTS_NAME, whole_file
+
+_KEY = re.compile(
+    r"(?P<attention>.+\.attn2)\.processor\.(?P<projection>to_[qkv]|to_out)_custom_diffusion"
+    r"(?P<index>\.0)?\.(?P<name>weight|bias)"
+)
+
+
+@dataclass(frozen=True)
+class LowRankDelta:
+    """A change of a weight matrix (out, in): up (out, rank) times down (rank, in)."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size([self.up.shape[0], self.down.shape[1]])
+
+    def matrix(self) -> torch.Tensor:
+        """(out, in) float32."""
+        return self.up.float() @ self.down.float()
+
+
+@dataclass
+class ConceptWeights:
+    """What training has learned, on the CPU.
+
+    Attributes:
+        tensors: the UNet's parameters by their names in it, "...attn2.to_k.weight" -> (out, in) or (out,) float32.
+        tokens: modifier token -> (dim,) embedding.
+        config: base model, concepts and training settings; empty for folders that other trainers wrote.
+        deltas: of compressed weights, parameters by name as changes of the base model's; none of them is in `tensors`.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    tokens: dict[str, torch.Tensor]
+    config: dict = field(default_factory=dict)
+    deltas: dict[str, LowRankDelta] = field(default_factory=dict)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of every parameter that the weights bring, by name."""
+        return {name: value.shape for name, value in (self.tensors | self.deltas).items()}
+
+
+def cross_attention_names(unet: UNet2DConditionModel) -> list[str]:
+    """Module names of all cross-attentions of the UNet."""
+    return [name for name, _ in unet.named_modules() if name.endswith(".attn2")]
+
+
+def to_file_keys(tensors: dict[str, torch.Tensor], self_attention_names: list[str], empty) -> dict:
+    """Names of the file format: "...attn2.processor.to_k_custom_diffusion.weight", and `empty` for self-attentions.
+
+    diffusers' loader demands an entry for every attention, trained or not.
+    """
+    state = {}
+    for name, tensor in tensors.items():
+        attention, projection, rest = re.fullmatch(r"(.+\.attn2)\.(to_[qkv]|to_out)(.*)", name).groups()
+        state[f"{attention}.processor.{projection}_custom_diffusion{rest}"] = tensor
+    return state | {f"{name}.processor": empty for name in self_attention_names}
+
+
+def from_file_keys(state: dict) -> dict[str, torch.Tensor]:
+    """Inverse of `to_file_keys`. Raises ValueError for a key or value that the format does not have."""
+    tensors = {}
+    for key, value in state.items():
+        if len(value) == 0 and key.endswith(".processor"):
+            continue
+        match = _KEY.fullmatch(key)
+        if match is None or not isinstance(value, torch.Tensor):
+            raise ValueError(f"{key!r} is no key of Custom Diffusion weights")
+        tensors["{attention}.{projection}{index}.{name}".format(**match.groupdict(default=""))] = value
+    if not tensors:
+        raise ValueError("it has no Custom Diffusion weights")
+    return tensors
+
+
+def deltas_to_file(weights: ConceptWeights) -> dict[str, torch.Tensor]:
+    """Keys of the compressed file: "<name>.up" and "<name>.down" for changes, "<name>" for whole parameters."""
+    state = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
+    for name, delta in weights.deltas.items():
+        state |= {f"{name}.up": delta.up.contiguous(), f"{name}.down": delta.down.contiguous()}
+    return state
+
+
+def deltas_from_file(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, LowRankDelta]]:
+    """Inverse of `deltas_to_file`: whole parameters, and changes. Raises ValueError if the keys do not pair up."""
+    deltas = {}
+    for key in [key for key in state if key.endswith(".up")]:
+        name = key.removesuffix(".up")
+        up, down = state.get(key), state.get(f"{name}.down")
+        if down is None or up.dim() != 2 or down.dim() != 2 or up.shape[1] != down.shape[0]:
+            raise ValueError(f"{key!r} has no fitting '{name}.down'")
+        deltas[name] = LowRankDelta(up, down)
+    rest = {key: value for key, value in state.items() if key.removesuffix(".up").removesuffix(".down") not in deltas}
+    if wrong := [key for key in [*deltas, *rest] if not re.fullmatch(r".+\.attn2\.to_.+\.(weight|bias)", key)]:
+        raise ValueError(f"{wrong[0]!r} is no key of compressed weights")
+    if not deltas:
+        raise ValueError("it has no compressed weights")
+    return rest, deltas
+
+
+def write_weights(folder: Path, weights: ConceptWeights, unet: UNet2DConditionModel, formats: tuple[str, ...]) -> None:
+    """Write the weights, one file per token, and the settings into `folder`, each file whole or not at all.
+
+    Weights with deltas go into one compressed file instead.
+
+    Args:
+        unet: names the self-attentions.
+        formats: of "safetensors" and "bin".
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    self_attentions = [n.removesuffix(".processor") for n in unet.attn_processors if n.endswith(".attn1.processor")]
+    for suffix in formats:
+        if suffix == "safetensors":
+            save, empty = _save_safetensors, torch.zeros(0)
+        else:
+            save, empty = save_state, {}
+        if not weights.deltas:
+            with whole_file(folder / f"{WEIGHTS_NAME}.{suffix}") as path:
+                save(to_file_keys(weights.tensors, self_attentions, empty), path)
+        for token, embedding in weights.tokens.items():
+            with whole_file(folder / f"{token}.{suffix}") as path:
+                save({token: embedding.clone()}, path)  # a row of a table would bring the whole table along
+    if weights.deltas:
+        with whole_file(folder / DELTAS_NAME) as path:
+            _save_safetensors(deltas_to_file(weights), path)
+    with whole_file(folder / CONFIG_NAME) as path:
+        path.write_text(json.dumps(weights.config, indent=2) + "\n", encoding="utf-8")
+
+
+# Both are serialised in memory first: the libraries' own writers hide why a write failed, for example on a full disk.
+def _save_safetensors(state, path):
+    path.write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
+
+
+def save_state(state: dict, path: Path) -> None:
+    """`torch.save`. Raises OSError if the file cannot be written."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    path.write_bytes(buffer.getbuffer())
+
+
+def as_weights(weights: ConceptWeights | str | Path, flag: str = "weights") -> ConceptWeights:
+    """Weights that may have been read already. Raises InputError, naming the flag, where `read_weights` raises ValueError."""
+    if isinstance(weights, ConceptWeights):
+        return weights
+    try:
+        return read_weights(weights)
+    except ValueError as error:
+        raise InputError(f"{flag}: {error}") from None
+
+
+def read_weights(path_or_hub_id: str | Path, **hub_options) -> ConceptWeights:
+    """Read a trained folder, a checkpoint folder, or a Hub repository.
+
+    Args:
+        hub_options: `revision`, `token`, `cache_dir`... of `huggingface_hub.snapshot_download`.
+    Raises:
+        ValueError: nothing usable is there; the message says what is wrong with which file.
+    """
+    folder = Path(path_or_hub_id)
+    if not folder.is_dir():
+        folder = _download(str(path_or_hub_id), **hub_options)
+    path = next((folder / name for name in WEIGHTS_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise ValueError(f"'{folder}' has no {', '.join(WEIGHTS_FILES[:2])} or {DELTAS_NAME}; is it a trained folder?")
+    try:
+        state, deltas = _read_state(path), {}
+        if path.name == DELTAS_NAME:
+            tensors, deltas = deltas_from_file(state)
+        else:
+            tensors = from_file_keys(state)
+    except ValueError as error:
+        raise ValueError(f"'{path}' cannot be used: {error}") from None
+    config = _read_config(folder / CONFIG_NAME)
+    names = config.get("modifier_tokens")
+    if names is None:
+        names = sorted({p.stem for s in ("safetensors", "bin") for p in folder.glob(f"<*>.{s}")})
+    tokens = {}
+    for token in names:
+        file = next((p for s in ("safetensors", "bin") if (p := folder / f"{token}.{s}").is_file()), None)
+        if file is None:
+            raise ValueError(f"'{folder}' lacks the embedding of {token!r}, '{token}.safetensors' or .bin")
+        state = _read_state(file)
+        if set(state) != {token} or not isinstance(state[token], torch.Tensor) or state[token].dim() != 1:
+            raise ValueError(f"'{file}' cannot be used: it is not the embedding of {token!r}")
+        tokens[token] = state[token]
+    return ConceptWeights(tensors, tokens, config, deltas)
+
+
+def _read_config(path):
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"'{path}' cannot be used: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"'{path}' cannot be used: it is not a JSON object")
+    return config
+
+
+def _read_state(path):
+    try:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise many types in torch and safetensors
+        raise ValueError(f"'{path}' is damaged or not a weights file ({first_line(error)})") from None
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and (isinstance(v, dict) or (isinstance(v, torch.Tensor) and v.dim()))
+        for k, v in state.items()
+    ):
+        raise ValueError(f"'{path}' is not a dictionary of tensors")
+    return state
+
+
+def _download(hub_id, **hub_options):
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = [f"{WEIGHTS_NAME}.*", DELTAS_NAME, CONFIG_NAME, "<*>.*"]
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=wanted, **hub_options))
+        tokens = _read_config(folder / CONFIG_NAME).get("modifier_tokens") or []
+        if others := [f"{glob.escape(token)}.*" for token in tokens if not re.fullmatch("<.*>", token)]:
+            snapshot_download(hub_id, allow_patterns=others, **hub_options)
+        return folder
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"'{hub_id}' is no folder, and no Hub repository that can be had ({first_line(error)})"
+        ) from None
