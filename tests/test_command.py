@@ -1,5 +1,9 @@
 """What all commands promise: help at once, and one clear line on bad input, before anything is written."""
 
+import argparse
+import importlib
+import inspect
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +11,9 @@ from pathlib import Path
 import pytest
 from fake_concept import make_concept, run_tool
 from launch import ROOT
+
+import custom_diffusion
+from custom_diffusion import compress, export, generate, info, merge, read_weights
 
 TOOLS = ["generate", "export", "merge", "compress", "info", "share"]
 
@@ -25,6 +32,79 @@ assert resource.getrusage(resource.RUSAGE_SELF).ru_utime < 1
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert f"usage: python -m custom_diffusion {tool}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "expected"),
+    [
+        ("main", "--help", "usage: custom-diffusion [-h] TOOL"),
+        ("main", "nonsense", "custom-diffusion: error: argument TOOL: invalid choice: 'nonsense'"),
+        ("train", "--help", "usage: train_custom_diffusion.py"),
+        ("train", "--learning_rate=fast", "argument --learning_rate: invalid float value: 'fast'"),
+        ("retrieve", "--help", "usage: "),
+        ("retrieve", "--num_class_images=many", "argument --num_class_images: invalid int value: 'many'"),
+    ],
+)
+def test_installed_commands_answer_before_torch_is_imported(script, flag, expected):
+    code = f"""
+import sys
+from custom_diffusion.__main__ import {script}
+sys.argv = ["command", {flag!r}]
+try:
+    {script}()
+except SystemExit as end:
+    assert end.code == (0 if {flag!r} == "--help" else 2), end.code
+assert "torch" not in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert expected in result.stdout + result.stderr
+
+
+def test_the_project_installs_these_commands():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for line in ('custom-diffusion = "custom_diffusion.__main__:main"',
+                 'custom-diffusion-train = "custom_diffusion.__main__:train"',
+                 'custom-diffusion-retrieve = "custom_diffusion.__main__:retrieve"'):  # fmt: skip
+        assert line in text
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_tool_is_a_function_with_the_defaults_of_its_flags(tool):
+    module = importlib.import_module(f"custom_diffusion.tools.{tool}")
+    parser = argparse.ArgumentParser()
+    module.add_flags(parser)
+    flags = {action.dest: action for action in parser._actions if action.dest != "help"}
+    function = getattr(custom_diffusion, tool)
+    assert function is getattr(module, tool) and function.__doc__
+    parameters = inspect.signature(function).parameters
+    assert parameters.keys() == flags.keys()
+    for name, parameter in parameters.items():
+        default = None if parameter.default is inspect.Parameter.empty else parameter.default
+        assert (default or None) == (flags[name].default or None), name  # () and [] say the same
+
+
+def test_help_shows_the_functions():
+    shown = pydoc.render_doc(custom_diffusion, renderer=pydoc.plaintext)
+    for name in (*TOOLS, "load_custom_diffusion", "unload_custom_diffusion", "read_weights"):
+        assert f"\n    {name}(" in shown, name
+
+
+def test_weights_are_read_once_and_handed_on(tiny_model, tmp_path, monkeypatch):
+    make_concept(tmp_path / "cat", tiny_model)
+    make_concept(tmp_path / "pot", tiny_model, token="<new2>", class_prompt="pot", seed=2)
+    cat, pot = (read_weights(tmp_path / name) for name in ("cat", "pot"))
+    options = {"prompt": "<new1> cat", "num_inference_steps": 1, "height": 32, "width": 32}
+    (by_path,) = generate(tmp_path / "cat", output=tmp_path / "by_path.png", **options)
+    monkeypatch.setattr("custom_diffusion.weights.format.read_weights", None)
+    monkeypatch.setattr("custom_diffusion.weights.pipeline.read_weights", None)
+    (by_value,) = generate(cat, output=tmp_path / "by_value.png", **options)
+    assert by_value.read_bytes() == by_path.read_bytes()
+    assert "rank 2" in compress(cat, output=tmp_path / "small", rank=2)
+    assert "load_lora_weights" in export(cat, to="lora", output=tmp_path / "lora")
+    assert ("tokens", "<new1> (32 values)") in info(cat)
+    merge([cat, pot], output=tmp_path / "both")
+    assert (tmp_path / "both" / "<new2>.safetensors").is_file()
 
 
 @pytest.fixture(scope="module")
