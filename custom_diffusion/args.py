@@ -12,6 +12,7 @@ from pathlib import Path
 
 from custom_diffusion.checkpoint_names import find_checkpoint, list_checkpoints
 from custom_diffusion.concepts import Concept, concept_problems, concepts_from_args, folder_problems
+from custom_diffusion.versions import version_problems
 
 LR_SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}  # name -> module to install
@@ -90,7 +91,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
 
 def flag_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the flags themselves, one line each; empty when nothing is."""
-    problems = _number_problems(args)
+    problems = version_problems()
+    problems += _number_problems(args)
     problems += _token_problems(args)
     problems += _model_problems(args)
     problems += _library_problems(args)

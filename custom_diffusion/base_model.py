@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
 
 from custom_diffusion.args import InputError
-from custom_diffusion.models import ModelSource
+from custom_diffusion.models import ModelSource, read_text_encoder
 from custom_diffusion.weights import ConceptWeights, read_weights
 
 UNET_FILE = "diffusion_pytorch_model"
@@ -45,7 +45,11 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype) -> DiffusionPipeline:
         # `dtype`, which newer versions of diffusers ask for instead, is unknown to the older ones.
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
         return DiffusionPipeline.from_pretrained(
-            source.path, torch_dtype=dtype, revision=source.revision, variant=source.variant
+            source.path,
+            torch_dtype=dtype,
+            revision=source.revision,
+            variant=source.variant,
+            text_encoder=read_text_encoder(source).to(dtype),
         )
 
 
@@ -58,14 +62,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 def load_text_encoder(source: ModelSource) -> CLIPTextModel:
     """In float32. Raises InputError if it cannot be loaded."""
     with _named(source):
-        text_encoder = CLIPTextModel.from_pretrained(
-            source.path,
-            subfolder="text_encoder",
-            dtype=torch.float32,
-            revision=source.revision,
-            variant=source.variant,
-        )
-    return text_encoder.eval()
+        return read_text_encoder(source).eval()
 
 
 def empty_unet(source: ModelSource) -> UNet2DConditionModel:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from custom_diffusion.args import InputError, exit_with_problems
+from custom_diffusion.versions import version_problems
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 # The files that make a folder a trained one; `weights.py` says what is in them.
@@ -39,7 +40,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, check: Callable) -> argparse.Namespace:
     """Parse the command line; exit with status 2 and a line for each problem that `check(args)` finds."""
     args = parser.parse_args(argv)
-    problems = check(args)
+    problems = version_problems() + check(args)
     if problems:
         exit_with_problems(parser.prog, problems)
     # transformers would announce on import that torchvision, which nothing here uses, is missing.

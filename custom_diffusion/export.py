@@ -17,6 +17,7 @@ from custom_diffusion.command import (
     weights_problems,
 )
 
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' own name for it
 NOT_IN_LORA_NAMES = set(":=>")  # they end the name in <lora:NAME:1>
 EXAMPLE = """
 
@@ -101,7 +102,8 @@ def main(args: argparse.Namespace) -> None:
     warn_about_biases(weights, base)
     if args.to == "lora":
         write_lora(output, lora, weights)
-        how = f"pipe.load_lora_weights({args.output!r}); " + "; ".join(
+        # Offline, older versions of diffusers do not look for the file.
+        how = f"pipe.load_lora_weights({args.output!r}, weight_name={LORA_FILE!r}); " + "; ".join(
             f"pipe.load_textual_inversion({args.output!r}, weight_name={token + '.safetensors'!r})"
             for token in weights.tokens
         )
@@ -182,7 +184,7 @@ def _metadata(lora):
 def write_lora(output: Path, lora: dict[str, torch.Tensor], weights: ConceptWeights) -> None:
     """The names that diffusers looks for, beside one file per token."""
     with whole_folder(output) as folder:
-        safetensors.torch.save_file(lora, folder / "pytorch_lora_weights.safetensors", metadata=_metadata(lora))
+        safetensors.torch.save_file(lora, folder / LORA_FILE, metadata=_metadata(lora))
         for token, embedding in weights.tokens.items():
             safetensors.torch.save_file({token: embedding.clone()}, folder / f"{token}.safetensors")
 

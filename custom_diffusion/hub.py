@@ -42,6 +42,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from custom_diffusion.model_card import model_card, training_command
 
@@ -73,9 +74,7 @@ def make_repository(name: str, token: str | None) -> str:
     try:
         repo_id = api.create_repo(name, exist_ok=True).repo_id
         try:
-            api.auth_check(repo_id, write=True)  # an existing repository may be somebody else's
-        except TypeError:
-            pass  # older clients cannot ask
+            _check_write(api, repo_id)  # an existing repository may be somebody else's
         except HfHubHTTPError as error:
             if _status(error) in (401, 403):
                 raise
@@ -97,6 +96,12 @@ def make_repository(name: str, token: str | None) -> str:
             "check the network, or leave the flag out and upload later with `python -m custom_diffusion.hub`"
         ) from None
     return repo_id
+
+
+def _check_write(api, repo_id):
+    """As `HfApi.auth_check(repo_id, write=True)`; older clients cannot ask for `write`."""
+    headers = build_hf_headers(token=api.token)
+    hf_raise_for_status(get_session().get(f"{api.endpoint}/api/models/{repo_id}/auth-check/write", headers=headers))
 
 
 def _status(error):
@@ -154,16 +159,28 @@ def write_card(folder: Path, card: ModelCard) -> None:
     """Write README.md. A local folder as base model is left out of its metadata if the Hub does not take it."""
     from custom_diffusion.files import whole_file
 
-    try:
-        card.validate()
-    except ValueError:  # other faults than this one are for the upload to tell
-        if Path(card.data.base_model or "").is_dir():
-            warn("the Hub takes no local folder as base_model: it is left out of the card's metadata")
-            card.data.base_model = None
-    except Exception:  # it cannot be asked now; the upload will
-        pass
+    # Other faults than this one are for the upload to tell.
+    if card_problem(card) and Path(card.data.base_model or "").is_dir():
+        warn("the Hub takes no local folder as base_model: it is left out of the card's metadata")
+        card.data.base_model = None
     with whole_file(folder / "README.md") as path:
         card.save(path)
+
+
+def card_problem(card: ModelCard) -> str | None:
+    """What the Hub has against the card; None if nothing, or if it cannot be asked now.
+
+    As `ModelCard.validate`, which in older clients asks huggingface.co even where HF_ENDPOINT names another Hub.
+    """
+    try:
+        response = get_session().post(
+            f"{HfApi().endpoint}/api/validate-yaml",
+            json={"repoType": "model", "content": str(card)},
+            headers={"Accept": "text/plain"},
+        )
+    except Exception:  # the client lets through what its HTTP library raises
+        return None
+    return response.text if response.status_code == 400 else None
 
 
 def main(args: argparse.Namespace) -> None:

@@ -121,7 +121,7 @@ def load_models(
     try:
         # The decoder goes before the UNet comes, so that it never counts in the peak of memory.
         vae = encoder_only(load_vae(source, weight_dtype, device))
-        text_encoder = CLIPTextModel.from_pretrained(source.path, subfolder="text_encoder", dtype=torch.float32, **read)
+        text_encoder = read_text_encoder(source, device_map=straight_to(device))
         unet = _UNetWithFullCrossAttention.from_pretrained(
             source.path, subfolder="unet", torch_dtype=weight_dtype, **read
         )
@@ -130,6 +130,31 @@ def load_models(
             f"--pretrained_model_name_or_path: cannot load the weights of '{source.path}' ({_first_line(error)})"
         ) from None
     return lay_out(unet), text_encoder, vae
+
+
+def read_text_encoder(source: ModelSource, **options) -> CLIPTextModel:
+    """In float32.
+
+    Args:
+        options: further ones for `from_pretrained`.
+    Raises:
+        ValueError: weights are missing. transformers would only warn, and leave them random.
+        OSError and others: what transformers raises for files that cannot be read.
+    """
+    text_encoder, report = CLIPTextModel.from_pretrained(
+        source.path,
+        subfolder="text_encoder",
+        revision=source.revision,
+        variant=source.variant,
+        output_loading_info=True,
+        **options,
+    )
+    if missing := report["missing_keys"]:
+        raise ValueError(
+            f"{len(missing)} weights of its text encoder are missing, {min(missing)} first; models saved by "
+            "transformers 5.6 or newer may need it to be read: pip install --upgrade transformers"
+        )
+    return text_encoder.float()  # older versions call the argument for it `torch_dtype`, newer ones `dtype`
 
 
 class _UNetWithFullCrossAttention(UNet2DConditionModel):

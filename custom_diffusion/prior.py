@@ -15,7 +15,7 @@ from custom_diffusion.concepts import Concept, find_pictures
 from custom_diffusion.data import PRIOR, random_stream
 from custom_diffusion.files import whole_file
 from custom_diffusion.interruption import RunStopped, StopSignals
-from custom_diffusion.models import ModelSource
+from custom_diffusion.models import ModelSource, read_text_encoder
 from custom_diffusion.retrieval.folder import read_class_folder
 
 
@@ -94,7 +94,12 @@ def _folders_are_shared(accelerator, folders):
 def _generate(accelerator, source, batches, dtype, seed, signals):
     """Draw the pictures of batches of (concept, concept number, index)."""
     pipeline = DiffusionPipeline.from_pretrained(
-        source.path, torch_dtype=dtype, safety_checker=None, revision=source.revision, variant=source.variant
+        source.path,
+        torch_dtype=dtype,
+        safety_checker=None,
+        revision=source.revision,
+        variant=source.variant,
+        text_encoder=read_text_encoder(source).to(dtype),
     )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(accelerator.device)
