@@ -82,7 +82,10 @@ def make_repository(name: str, token: str | None) -> str:
         raise InputError(f"--hub_model_id: {_first_line(error)}") from None
     except HfHubHTTPError as error:
         if _status(error) == 401:
-            reason = "the Hub does not accept the login; run `hf auth login` with a token that may write"
+            reason = (
+                "the Hub does not accept the login; run `hf auth login` (before huggingface_hub 0.34 `huggingface-cli "
+                "login`) with a token that may write"
+            )
         elif _status(error) == 403:
             reason = (
                 f"no right to write to '{name}'; log in with a token that may write, or name another --hub_model_id"
