@@ -1,15 +1,28 @@
-# Each target sets up all it needs in .venv: Python 3.10 or newer and git are enough.
+# Each target sets up all it needs in .venv and its like: Python 3.10 or newer and git are enough.
 PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.complete
+OLDEST := .venv-oldest/bin
+# What must work on every version that requirements.txt admits.
+CORE := $(wildcard $(addprefix tests/test_,weights.py run.py checkpoints.py export.py objective.py retrieve*.py hub.py versions.py))
+PYTEST := -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test style bench clean
+.PHONY: demo test test-oldest matrix resolve style bench clean
 
 demo: $(SETUP)  ## train a new concept on the small built-in model, draw it: demo/output/before_after.png
 	$(BIN)/python demo/demo.py
 
-test: $(SETUP)  ## the test suite, in two processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+test: $(SETUP)  ## the test suite on the newest versions (constraints.txt), in two processes
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(PYTEST_ARGS)
+
+test-oldest: .venv-oldest/.complete  ## its core on the oldest versions (requirements-oldest.txt)
+	OMP_NUM_THREADS=1 $(OLDEST)/python $(PYTEST) $(CORE) $(PYTEST_ARGS)
+
+matrix:  ## its core on the oldest, the newest and two in between: the table of docs/versions.md
+	$(PYTHON) tests/matrix.py $(CORE)
+
+resolve: $(SETUP)  ## asks the package index which versions go together, for each Python; downloads nothing
+	$(BIN)/python -m pytest -m index tests/test_versions.py
 
 style: $(SETUP)  ## ruff's opinion
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -18,11 +31,19 @@ bench: $(SETUP)  ## speed and memory against another script: make bench PEER=pat
 	$(BIN)/python benchmarks/bench.py --peer "$(PEER)" $(BENCH_ARGS)
 
 clean:
-	rm -rf .venv demo/output benchmarks/work
+	rm -rf .venv .venv-oldest .venv-matrix demo/output benchmarks/work
 
 $(SETUP): requirements.txt constraints.txt pyproject.toml
+	$(call install,.venv,constraints.txt)
+
+.venv-oldest/.complete: requirements.txt requirements-oldest.txt pyproject.toml
+	$(call install,.venv-oldest,requirements-oldest.txt)
+
+# $(1): folder of the virtual environment. $(2): file with the exact versions.
+define install
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; make PYTHON=python3.11 ...")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
-	touch $(SETUP)
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --upgrade pip
+	$(1)/bin/python -m pip install --quiet --constraint $(2) --editable '.[test]'
+	touch $(1)/.complete
+endef

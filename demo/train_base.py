@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import world
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from judge import score_captions
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -285,9 +286,11 @@ def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     # transformers, unlike diffusers, would load the text encoder in the precision it was saved with.
     config = folder / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
-    pipeline.tokenizer.backend_tokenizer.model.save(
-        str(folder / "tokenizer")
-    )  # vocab.json, merges.txt: for transformers 4
+    # For older versions of transformers: vocab.json and merges.txt, and the names that the weights had before 5.6.
+    pipeline.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
+    weights = folder / "text_encoder" / "model.safetensors"
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
 
 
 def main() -> None:

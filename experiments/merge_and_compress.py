@@ -31,6 +31,7 @@ from custom_diffusion import load_custom_diffusion, unload_custom_diffusion
 from custom_diffusion.files import CONFIG_NAME, DELTAS_NAME, WEIGHTS_NAME
 from custom_diffusion.model.loading import base_tensors, empty_unet
 from custom_diffusion.model.source import ModelSource
+from custom_diffusion.tools.export import LORA_FILE
 from custom_diffusion.weights.format import ConceptWeights, read_weights, write_weights
 from custom_diffusion.weights.low_rank import full_tensors
 
@@ -174,7 +175,7 @@ def measure_lora(args: argparse.Namespace, judge: Judge, folder: Path) -> list[d
         if not output.exists():
             run("-m", "custom_diffusion", "export", str(folder), "--to", "lora", f"--{flag}", value, "--model", str(args.model),
                 "--output", str(output))  # fmt: skip
-        judge.pipe.load_lora_weights(output)
+        judge.pipe.load_lora_weights(output, weight_name=LORA_FILE)
         judge.pipe.load_textual_inversion(output, weight_name="<new1>.safetensors")
         images = generate(judge.pipe, prompts, judge.seed)
         judge.pipe.unload_lora_weights()
@@ -182,7 +183,7 @@ def measure_lora(args: argparse.Namespace, judge: Judge, folder: Path) -> list[d
         difference = np.abs(images - expected)
         rows.append({
             "lora": f"--{flag} {value}",
-            "bytes": (output / "pytorch_lora_weights.safetensors").stat().st_size,
+            "bytes": (output / LORA_FILE).stat().st_size,
             "mean difference": float(difference.mean()),
             "largest difference": float(difference.max()),
             "score": 100 * float(np.mean([concept.likeness(see(image), LOOKS["circle"]) for image in images])),

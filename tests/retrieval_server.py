@@ -248,6 +248,14 @@ class RetrievalServer(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
+    def settled(self) -> int:
+        """How many requests there were, once no more come: what a run asked for too much may arrive after its end."""
+        count = -1
+        while count != len(self.requests):
+            count = len(self.requests)
+            time.sleep(0.5)
+        return count
+
     def __exit__(self, *exception):
         self.stopping.set()
         self.shutdown()

@@ -10,6 +10,7 @@ import torch
 from fake_concept import draw, make_concept, open_pipeline, run_tool
 
 from custom_diffusion import load_custom_diffusion
+from custom_diffusion.tools.export import LORA_FILE
 from custom_diffusion.weights.format import read_weights
 
 
@@ -45,7 +46,7 @@ def test_whole_pipeline_draws_the_same_picture(concept, picture, tmp_path):
 def test_full_rank_lora_draws_the_same_picture(concept, picture, tiny_model, tmp_path):
     run(concept, tmp_path / "lora", "--to", "lora", "--share", "1")
     pipe = open_pipeline(tiny_model)
-    pipe.load_lora_weights(tmp_path / "lora")
+    pipe.load_lora_weights(tmp_path / "lora", weight_name=LORA_FILE)
     pipe.load_textual_inversion(tmp_path / "lora", weight_name="<new1>.safetensors")
     assert abs(draw(pipe) - picture).max() < 1
 
@@ -55,7 +56,7 @@ def test_lower_ranks_come_nearer_the_more_they_keep(concept, picture, tiny_model
     for flags in (("--rank", "1"), ("--share", "0.8"), ("--share", "0.99")):
         folder = run(concept, tmp_path / flags[1], "--to", "lora", *flags)
         pipe = open_pipeline(tiny_model)
-        pipe.load_lora_weights(folder)
+        pipe.load_lora_weights(folder, weight_name=LORA_FILE)
         pipe.load_textual_inversion(folder, weight_name="<new1>.safetensors")
         errors.append(abs(draw(pipe) - picture).mean())
     assert errors[0] > errors[1] > errors[2]
@@ -63,7 +64,7 @@ def test_lower_ranks_come_nearer_the_more_they_keep(concept, picture, tiny_model
 
 def test_layers_of_different_rank_keep_the_share_they_should(concept, tiny_model, tmp_path):
     folder, pipe = run(concept, tmp_path / "lora", "--to", "lora", "--share", "0.9"), open_pipeline(tiny_model)
-    pipe.load_lora_weights(folder, adapter_name="cat")
+    pipe.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name="cat")
     trained, ranks = read_weights(concept).tensors, set()
     for name, tensor in trained.items():
         layer = pipe.unet.get_submodule(name.removesuffix(".weight"))
@@ -96,7 +97,7 @@ def test_all_of_the_cross_attention_but_its_biases(tiny_model, tmp_path, capsys)
     assert "cannot hold the 4 trained biases of to_out" in capsys.readouterr().err
     exact, pipe = open_pipeline(tiny_model), open_pipeline(tiny_model)
     load_custom_diffusion(exact, tmp_path / "faces")
-    pipe.load_lora_weights(tmp_path / "lora")
+    pipe.load_lora_weights(tmp_path / "lora", weight_name=LORA_FILE)
     pipe.load_textual_inversion(tmp_path / "lora", weight_name="<new1>.safetensors")
     assert abs(draw(pipe) - draw(exact)).max() > 1  # the biases are missing, as said,
     with torch.no_grad():

@@ -41,7 +41,7 @@ def plain_loss_and_gradients(model, batch, freeze_model):
     """The method as the reference writes it: full embedding table, diffusers' processors, masks of ones and zeros."""
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").requires_grad_(False)
     vae = AutoencoderKL.from_pretrained(model, subfolder="vae").requires_grad_(False)
-    text_encoder = CLIPTextModel.from_pretrained(model, subfolder="text_encoder", dtype=torch.float32)
+    text_encoder = CLIPTextModel.from_pretrained(model, subfolder="text_encoder").float()
     tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
     scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
     tokenizer.add_tokens([modifier for modifier, _ in PAIRS])

@@ -121,6 +121,7 @@ def test_a_second_run_goes_on_after_the_first(name, tmp_path, capsys):
     with RetrievalServer() as server:
         KINDS[name](tmp_path / name, server)
         for count in (4, 9):
+            server.settled()
             server.requests.clear()
             before = set(read_class_folder(tmp_path / "class"))
             assert run(capsys, tmp_path / "class", "--dataset", tmp_path / name, "--num_class_images", count)[0] == 0

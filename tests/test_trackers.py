@@ -127,8 +127,9 @@ def leveldb_records(log):
 def wandb_records(logged):
     from wandb.proto.wandb_internal_pb2 import Record
 
-    [file] = logged.glob("wandb/offline-run-*/run-*.wandb")
-    return [Record.FromString(data) for data in leveldb_records(file.read_bytes())]
+    files = sorted(logged.glob("wandb/offline-run-*/run-*.wandb"))  # some versions of wandb write several
+    assert files
+    return [Record.FromString(data) for file in files for data in leveldb_records(file.read_bytes())]
 
 
 def history(records):

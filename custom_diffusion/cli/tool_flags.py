@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 from custom_diffusion.cli.report import exit_with_problems
+from custom_diffusion.cli.versions import version_problems
 from custom_diffusion.errors import InputError
 from custom_diffusion.files import MODEL_INDEX, WEIGHTS_FILES
 
@@ -29,7 +30,7 @@ def run_tool(program: str, tool: ModuleType, args: argparse.Namespace) -> None:
     Raises:
         SystemExit: 2 after a line for each thing wrong with the input, 1 after one for a failed write, 130 for Ctrl-C.
     """
-    problems = tool.flag_problems(args)
+    problems = version_problems() + tool.flag_problems(args)
     if problems:
         exit_with_problems(program, problems)
     # transformers would announce on import that torchvision, which nothing here uses, is missing.

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from custom_diffusion.cli.concepts import folder_problems
+from custom_diffusion.cli.versions import version_problems
 from custom_diffusion.files import MODEL_INDEX, find_checkpoint, list_checkpoints
 
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}  # name -> module to install
@@ -41,7 +42,8 @@ LONGEST_TOKEN = 200  # bytes; with a suffix it must be a file name, of which fil
 
 def flag_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the flags themselves, one line each; empty when nothing is."""
-    problems = _number_problems(args)
+    problems = version_problems()
+    problems += _number_problems(args)
     problems += _token_problems(args)
     problems += _model_problems(args)
     problems += _library_problems(args)

@@ -45,15 +45,26 @@ def load_models(
 
 
 def load_text_encoder(source: ModelSource, device: torch.device) -> CLIPTextModel:
-    """In float32, for inference. Raises InputError if it cannot be loaded."""
+    """In float32, for inference.
+
+    Raises:
+        InputError: it cannot be loaded, or lacks weights: transformers would only warn of that, and leave them random.
+    """
     with source.reading(NO_WEIGHTS):
-        text_encoder = CLIPTextModel.from_pretrained(
+        text_encoder, report = CLIPTextModel.from_pretrained(
             source.path,
             subfolder="text_encoder",
             revision=source.revision,
             variant=source.variant,
             device_map=straight_to(device),
+            output_loading_info=True,
         )
+        if missing := report["missing_keys"]:
+            raise ValueError(
+                f"{len(missing)} weights of its text encoder are missing, {min(missing)} first; models saved by "
+                "transformers 5.6 or newer may need it to be read: pip install --upgrade transformers"
+            )
+    # Not by an argument: older versions of transformers call it `torch_dtype`, newer ones `dtype`.
     return text_encoder.float().eval()
 
 
@@ -117,11 +128,17 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype, **parts) -> Diffusion
     Raises:
         InputError: it cannot be loaded.
     """
+    text_encoder = load_text_encoder(source, torch.device("cpu")).to(dtype)
     with source.reading(NOT_A_MODEL), warnings.catch_warnings():
         # `dtype`, which newer versions of diffusers ask for instead, is unknown to the older ones.
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
         return DiffusionPipeline.from_pretrained(
-            source.path, torch_dtype=dtype, revision=source.revision, variant=source.variant, **parts
+            source.path,
+            torch_dtype=dtype,
+            revision=source.revision,
+            variant=source.variant,
+            text_encoder=text_encoder,
+            **parts,
         )
 
 

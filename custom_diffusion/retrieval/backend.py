@@ -1,6 +1,6 @@
 """Candidates from a clip-retrieval backend: its `knn-service` protocol, spoken directly.
 
-clip-retrieval's own client cannot be installed beside current diffusers, and turns every failure into a JSON error.
+clip-retrieval's own client turns every failure into a JSON error, and would hold diffusers and transformers back.
 """
 
 import json

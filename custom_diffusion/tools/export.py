@@ -195,7 +195,8 @@ def write_lora(output: Path, lora: dict[str, torch.Tensor], weights: ConceptWeig
         for token, embedding in weights.tokens.items():
             save_file({token: embedding.clone()}, folder / f"{token}.safetensors")
     return "; ".join([
-        f"pipe.load_lora_weights({str(output)!r})",
+        # Offline, older versions of diffusers do not look for the file.
+        f"pipe.load_lora_weights({str(output)!r}, weight_name={LORA_FILE!r})",
         *(
             f"pipe.load_textual_inversion({str(output)!r}, weight_name={token + '.safetensors'!r})"
             for token in weights.tokens

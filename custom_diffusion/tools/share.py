@@ -108,9 +108,7 @@ def make_repository(name: str, token: str | None, *, asked_by: str) -> str:
     try:
         repo_id = api.create_repo(name, exist_ok=True).repo_id
         try:
-            api.auth_check(repo_id, write=True)  # an existing repository may be somebody else's
-        except TypeError:
-            pass  # older clients cannot ask
+            _check_write(api, repo_id)  # an existing repository may be somebody else's
         except HfHubHTTPError as error:
             if _status(error) in (401, 403):
                 raise
@@ -132,6 +130,14 @@ def make_repository(name: str, token: str | None, *, asked_by: str) -> str:
             "with `python -m custom_diffusion share`"
         ) from None
     return repo_id
+
+
+def _check_write(api, repo_id):
+    """As `HfApi.auth_check(repo_id, write=True)`; older clients cannot ask for `write`."""
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    headers = build_hf_headers(token=api.token)
+    hf_raise_for_status(get_session().get(f"{api.endpoint}/api/models/{repo_id}/auth-check/write", headers=headers))
 
 
 def _status(error):
