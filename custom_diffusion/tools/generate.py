@@ -25,6 +25,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_model_flags(parser)
     add("--weights", help="trained folder, checkpoint folder or Hub id (default: draw with the base model alone)")
+    add(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="0 for the base model to 1 for the trained weights (default: %(default)s)",
+    )
     add("--prompt", required=True, action="append", help="what to draw; repeat the flag for several prompts")
     add("--negative_prompt", help="what not to draw")
     add("--output", required=True, help="image file for one image, else a folder")
@@ -80,6 +86,7 @@ def generate(
     prompt: str | list[str],
     *,
     output: str | Path,
+    scale: float = 1.0,
     negative_prompt: str | None = None,
     num_images: int = 1,
     num_inference_steps: int = 50,
@@ -98,6 +105,7 @@ def generate(
         weights: trained folder, checkpoint folder, Hub id, weights already read, or None for the base model alone.
         prompt: one or several. num_images: of each; the i-th has the noise of seed + i, on any device.
         output: an image file for one image, else a folder.
+        scale: between 0, the base model's weights, and 1, the trained ones, as in `load_custom_diffusion`.
         height, width: pixels. precision: "fp32", "fp16", "bf16", by default fp16 on a GPU and else fp32.
         model, revision, variant: the base model, by default the one that the weights name.
     Returns:
@@ -122,7 +130,7 @@ def generate(
     pipe = load_pipeline(base_of({} if weights is None else weights.config, model, revision, variant), dtype)
     if weights is not None:
         try:
-            load_custom_diffusion(pipe, weights)
+            load_custom_diffusion(pipe, weights, scale=scale)
         except ValueError as error:
             raise InputError(f"--weights: {error}") from None
     pipe.to(device)
