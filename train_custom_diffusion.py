@@ -48,6 +48,7 @@ from custom_diffusion.model.frozen import replace_frozen_layers
 from custom_diffusion.model.loading import load_models, load_tokenizer
 from custom_diffusion.model.source import ModelSource, check_model
 from custom_diffusion.model.tokens import add_modifier_tokens, token_problems
+from custom_diffusion.progress import ProgressBar
 from custom_diffusion.tools import share
 from custom_diffusion.training.augmentation import PROMPT_PREFIXES
 from custom_diffusion.training.checkpoints import find_resume, last_good, restore
@@ -163,7 +164,7 @@ def main(args, concepts):
     if progress.step == 0:
         validation.during_training(concept_model, step=0)
     reports = StepReports(accelerator)
-    bar = tqdm(
+    bar = ProgressBar(
         total=max_train_steps, initial=progress.step, desc="Steps", disable=not accelerator.is_local_main_process
     )
     losses = {}  # of the step so far, by name
@@ -238,9 +239,10 @@ def main(args, concepts):
 def make_accelerator(args):
     """Raises InputError for a precision that this machine cannot do."""
     output_dir = Path(args.output_dir)
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    for noisy in ("httpx", "urllib3", "filelock"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Of the libraries, warnings alone: their HTTP clients would tell of every request.
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for ours in (__name__, "custom_diffusion"):
+        logging.getLogger(ours).setLevel(logging.INFO)
     # Without a GPU, accelerate takes processes that torchrun started for single ones unless it is told.
     several_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
     try:
@@ -248,7 +250,7 @@ def make_accelerator(args):
             cpu=several_on_cpu,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
-            log_with=args.report_to,
+            log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=output_dir / args.logging_dir),
             kwargs_handlers=[
                 AutocastKwargs(enabled=False),  # frozen weights have their precision, trained ones cast themselves
@@ -463,8 +465,8 @@ def log_step(accelerator, bar, report, output_dir):
     """Show a step's losses in the progress bar and the trackers. Raises RunStopped if they are not finite."""
     if not report.finite:
         raise RunStopped(non_finite_message("loss", report.losses["loss"], report.step, output_dir))
+    bar.set_postfix(refresh=False, loss=f"{report.losses['loss']:.4f}", lr=f"{report.lr:.3g}")
     bar.update(1)
-    bar.set_postfix(loss=f"{report.losses['loss']:.4f}", lr=f"{report.lr:.3g}")
     values = {"lr": report.lr, "grad_norm": report.grad_norm, "steps_per_second": 1 / report.seconds}
     accelerator.log(report.losses | values, step=report.step)
 

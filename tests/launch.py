@@ -15,7 +15,13 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = str(ROOT / "train_custom_diffusion.py")
 TIMEOUT = 300  # seconds; a run on the tiny model takes 2 of computing, and 6 of importing if it is not forked
 # One thread a process: sums are then taken in the same order however many processes share the machine.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(ROOT),
+    "TQDM_MININTERVAL": "0",
+}  # tests wait for steps in the log
 
 # Ways to start the script; a command ends where the script's own flags begin.
 FORKED = ()

@@ -1,5 +1,7 @@
 """Drawing from a shell."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from fake_concept import PROMPT, make_concept, open_pipeline, run_tool
 from PIL import Image
 
 from custom_diffusion import load_custom_diffusion
+from custom_diffusion.files import CONFIG_NAME
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +63,47 @@ def test_several_prompts_and_pictures_have_names_and_seeds(concept, tmp_path):
     assert not np.array_equal(pixels(tmp_path / "p" / "0-0.png"), pixels(tmp_path / "p" / "0-1.png"))
     run_tool("generate", *args[:6], *args[8:9], tmp_path / "q", *args[10:], "--seed", 43)
     assert np.array_equal(pixels(tmp_path / "q" / "0-0.png"), pixels(tmp_path / "p" / "0-1.png"))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "JPG", "jpeg", "webp", "png"])
+def test_every_format_is_written(concept, tmp_path, suffix):
+    output = tmp_path / f"cat.{suffix}"
+    run_tool("generate", "--weights", concept, "--prompt", "a cat", "--output", output, "--num_inference_steps", 1)
+    with Image.open(output) as image:
+        assert image.format == {"jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "png": "PNG"}[suffix.lower()]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--output", "cat.tiff"], "--output: cannot write .tiff; name a file that ends in .png"),
+        (["--output", "x", "--num_inference_steps", "5000"], "--num_inference_steps: 5000 is more than the model's 1000"),
+        (["--output", "x", "--negative_prompt", "<new9>"], "--negative_prompt: '<new9>' has <new9>, but the weights bring <new1>"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_told_before_anything_is_drawn(concept, tmp_path, monkeypatch, capsys, flags, expected):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        run_tool("generate", "--weights", concept, "--prompt", "a cat", *flags)
+    assert end.value.code == 2 and expected in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_scale_is_that_of_loading(concept, tiny_model, tmp_path):
+    flags = ("--prompt", PROMPT, "--num_inference_steps", 2, "--seed", 0)
+    run_tool("generate", "--weights", concept, "--scale", 0.5, "--output", tmp_path / "half.png", *flags)
+    pipe = open_pipeline(tiny_model)
+    load_custom_diffusion(pipe, concept, scale=0.5)
+    image = pipe(PROMPT, num_inference_steps=2, guidance_scale=6.0, generator=torch.Generator().manual_seed(0)).images[
+        0
+    ]
+    assert np.array_equal(pixels(tmp_path / "half.png"), np.asarray(image))
+
+
+def test_a_base_model_that_has_gone_is_not_blamed_on_the_hub(tiny_model, tmp_path, capsys):
+    make_concept(tmp_path / "cat", tiny_model)
+    settings = tmp_path / "cat" / CONFIG_NAME
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model": "/gone/model"}))
+    with pytest.raises(SystemExit):
+        run_tool("generate", "--weights", tmp_path / "cat", "--prompt", "a", "--output", tmp_path / "x.png")
+    assert "--model: the weights were trained on '/gone/model', which is not there" in capsys.readouterr().err

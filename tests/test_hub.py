@@ -104,6 +104,7 @@ def test_exactly_what_others_need_is_uploaded(server, pushed):
     for name, content in files.items():
         assert content == (root / "my-cat" / name).read_bytes()
     assert "Uploaded to" in output
+    assert "HTTP" not in output  # no line for each request
 
 
 def test_the_repository_is_made_before_training_and_written_after(server, pushed):

@@ -108,9 +108,20 @@ FLAGS = [
 @pytest.mark.parametrize(("changes", "expected"), FLAGS, ids=lambda v: str(v)[:40] if isinstance(v, dict) else "")
 def test_flags(changes, expected, desk, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.setenv("WANDB_MODE", "offline")
     (line,) = problems_of(desk | changes, capsys)
     assert expected.replace("{desk}", str(tmp_path)) in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["class", "photos"]
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "all"])
+def test_wandb_without_a_login_is_told_before_anything_is_loaded(tracker, run_arguments, tmp_path):
+    arguments = run_arguments | {"output_dir": tmp_path / "out", "report_to": tracker}
+    home = {"HOME": str(tmp_path / "home"), "WANDB_API_KEY": "", "WANDB_MODE": "online"}
+    failed = launch.run(launch.PLAIN, arguments, tmp_path / "log", env=home)
+    assert failed.status == 2, failed.output
+    assert failed.messages == [f"--report_to {tracker}: not logged in; run `wandb login`, or set WANDB_MODE=offline"]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from PIL import Image
 from test_weights import draw, make_pipeline
 from tiny import make_class_folder, make_pictures
 
-from custom_diffusion import load_custom_diffusion
+from custom_diffusion import generate, load_custom_diffusion
 from custom_diffusion.files import WEIGHTS_NAME
 from custom_diffusion.weights.format import read_weights
 
@@ -240,3 +240,14 @@ def test_fp16_with_gradient_scaling(tmp_path, tiny_model, pictures):
     assert scales[0] < 2.0**22
     assert scales[1] <= scales[0]
     assert all(tensor.isfinite().all() for tensor in read_weights(tmp_path / "out").tensors.values())
+
+
+def test_a_relative_base_model_is_found_from_anywhere(run_arguments, tiny_model, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "model").symlink_to(tiny_model)
+    arguments = run_arguments | {"pretrained_model_name_or_path": "model", "output_dir": "out", "max_train_steps": 1}
+    run(FORKED, arguments, tmp_path / "here" / "log").ok()  # runs in the folder of its log
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    generate("../here/out", "a <new1> cat", output="cat.png", num_inference_steps=1)
+    assert (tmp_path / "there" / "cat.png").is_file()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 
 import numpy as np
@@ -165,3 +166,22 @@ def test_wandb_has_the_settings(wandb_records):
             updates |= {item.key or item.nested_key[0]: json.loads(item.value_json) for item in config.update}
     assert updates["instance_prompt"] == "photo of a <new1> cat" and updates["learning_rate"] == 1e-4
     assert "hub_token" not in updates
+
+
+def test_without_a_tracker_nothing_is_logged(run_arguments, tmp_path):
+    arguments = run_arguments | {"output_dir": tmp_path / "out", "report_to": "none", "max_train_steps": 1}
+    run(FORKED, arguments, tmp_path / "log").ok()
+    assert (tmp_path / "out" / "<new1>.bin").is_file()
+    assert not (tmp_path / "out" / "logs").exists()
+
+
+def test_a_log_has_a_line_now_and_then(run_arguments, tmp_path):
+    """On a terminal the bar moves; in a file its steps stand once each, and not all of them."""
+    arguments = run_arguments | {"output_dir": tmp_path / "out", "max_train_steps": 8, "report_to": "none"}
+    log = tmp_path / "log"
+    every = run(FORKED, arguments, log).ok()
+    steps = re.findall(r"Steps:.* (\d+)/8 \[", every)
+    assert steps == sorted(set(steps)) and steps[-1] == "8"
+    assert b"\r" not in log.read_bytes().rpartition(b"Training ")[2]
+    seldom = run(FORKED, arguments, tmp_path / "log2", env={"TQDM_MININTERVAL": "10"}).ok()
+    assert len(re.findall(r"Steps:.* \d+/8 \[", seldom)) <= 3

@@ -1,5 +1,6 @@
 """The trained folder in real pipelines: ours and diffusers' loader, half precision, offloading, LoRA, undoing."""
 
+import copy
 import json
 import re
 import shutil
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from tiny import make_model
 
@@ -269,3 +270,198 @@ def test_settings_are_readable(concept):
     config = json.loads((concept / "custom_diffusion_config.json").read_text())
     assert config["modifier_tokens"] == ["<new1>"]
     assert read_weights(concept).config == config
+
+
+# State belongs to the UNet and text encoder, not to the pipeline object
+
+
+@pytest.fixture
+def two_pipelines(tiny_model):
+    """Two pipelines that share every part."""
+    first = make_pipeline(tiny_model)
+    return first, StableDiffusionImg2ImgPipeline.from_pipe(first)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 0), (1, 1)])
+def test_pipelines_that_share_parts_see_and_restore_the_same(two_pipelines, tiny_model, concept, full_concept, order):
+    before, vocabulary = state_of(two_pipelines[0]), two_pipelines[0].tokenizer.get_vocab()
+    load_custom_diffusion(two_pipelines[0], concept)
+    load_custom_diffusion(two_pipelines[1], full_concept)
+    another = make_pipeline(tiny_model)
+    load_custom_diffusion(another, full_concept)
+    for pipeline in two_pipelines:
+        assert_same_state(state_of(pipeline), state_of(another))
+    for index in order:
+        unload_custom_diffusion(two_pipelines[index])
+        assert_same_state(state_of(two_pipelines[0]), before)
+        assert two_pipelines[0].tokenizer.get_vocab() == vocabulary
+
+
+def test_unloading_reaches_the_text_encoder_that_was_loaded(two_pipelines, concept):
+    first, second = two_pipelines
+    before = state_of(first)
+    second.text_encoder, second.tokenizer = copy.deepcopy(first.text_encoder), copy.deepcopy(first.tokenizer)
+    load_custom_diffusion(first, concept)
+    unload_custom_diffusion(second)
+    assert_same_state(state_of(first), before)
+    assert "<new1>" not in first.tokenizer.get_vocab()
+
+
+def test_a_pipeline_is_saved_as_it_was_before(tiny_model, concept, tmp_path):
+    pipeline = make_pipeline(tiny_model)
+    configuration = copy.deepcopy(pipeline.text_encoder.config.to_dict())
+    load_custom_diffusion(pipeline, concept)
+    unload_custom_diffusion(pipeline)
+    assert pipeline.text_encoder.config.to_dict() == configuration
+    pipeline.save_pretrained(tmp_path / "saved")
+    assert_same_state(state_of(make_pipeline(tmp_path / "saved")), state_of(pipeline))
+
+
+def test_random_numbers_are_what_they_would_have_been(tiny_model, concept):
+    pipeline = make_pipeline(tiny_model)
+    torch.manual_seed(3)
+    expected = torch.randn(4)
+    torch.manual_seed(3)
+    load_custom_diffusion(pipeline, concept)
+    unload_custom_diffusion(pipeline)
+    assert torch.equal(torch.randn(4), expected)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_compiled_modules(tiny_model, concept, part):
+    plain, pipeline = make_pipeline(tiny_model), make_pipeline(tiny_model)
+    before = state_of(pipeline)
+    load_custom_diffusion(plain, concept)
+    setattr(pipeline, part, torch.compile(getattr(pipeline, part), backend="eager"))
+    load_custom_diffusion(pipeline, concept)
+    assert np.abs(draw(pipeline) - draw(plain)).max() < 1
+    unload_custom_diffusion(pipeline)
+    setattr(pipeline, part, getattr(pipeline, part)._orig_mod)
+    assert_same_state(state_of(pipeline), before)
+
+
+def test_modules_compiled_in_place(tiny_model, concept):
+    plain, pipeline = make_pipeline(tiny_model), make_pipeline(tiny_model)
+    base = draw(plain)
+    load_custom_diffusion(plain, concept)
+    pipeline.unet.compile(backend="eager")
+    assert np.abs(draw(pipeline) - base).max() < 1  # compiled for the base model's weights
+    load_custom_diffusion(pipeline, concept)
+    assert np.abs(draw(pipeline) - draw(plain)).max() < 1
+    unload_custom_diffusion(pipeline)
+    assert np.abs(draw(pipeline) - base).max() < 1
+
+
+@pytest.mark.parametrize("then", [load_custom_diffusion, lambda pipeline, _: unload_custom_diffusion(pipeline)])
+def test_after_the_tokens_were_removed_by_somebody_else(tiny_model, concept, then):
+    pipeline, expected = make_pipeline(tiny_model), make_pipeline(tiny_model)
+    load_custom_diffusion(pipeline, concept)
+    pipeline.unload_textual_inversion()
+    then(pipeline, concept)
+    then(expected, concept)
+    assert_same_state(state_of(pipeline), state_of(expected))
+    assert pipeline.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
+
+
+def test_tokens_of_others_stay(tiny_model, concept):
+    pipeline = make_pipeline(tiny_model)
+    load_custom_diffusion(pipeline, concept)
+    pipeline.load_textual_inversion([{"<theirs>": torch.full((32,), 0.5)}], token=["<theirs>"])
+    unload_custom_diffusion(pipeline)
+    row = pipeline.text_encoder.get_input_embeddings().weight[pipeline.tokenizer.convert_tokens_to_ids("<theirs>")]
+    assert torch.equal(row, torch.full((32,), 0.5))
+    assert pipeline.text_encoder.config.vocab_size == len(pipeline.text_encoder.get_input_embeddings().weight)
+
+
+def test_a_fused_lora_is_not_overwritten(tiny_model, concept):
+    pipeline = make_pipeline(tiny_model)
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False))
+    unfused = state_of(pipeline)
+    pipeline.fuse_lora()
+    fused = state_of(pipeline)
+    with pytest.raises(ValueError, match="a LoRA is fused"):
+        load_custom_diffusion(pipeline, concept)
+    assert_same_state(state_of(pipeline), fused)
+    pipeline.unfuse_lora()
+    load_custom_diffusion(pipeline, concept)
+    pipeline.fuse_lora()
+    with pytest.raises(ValueError, match="a LoRA is fused"):
+        unload_custom_diffusion(pipeline)
+    pipeline.unfuse_lora()
+    unload_custom_diffusion(pipeline)
+    after = state_of(pipeline)
+    assert all((after[name] - unfused[name]).abs().max() < 1e-6 for name in unfused)  # fusing itself rounds
+
+
+# Values that cannot be weights
+
+
+def spoil_value(change):
+    def spoil(folder):
+        path = folder / f"{WEIGHTS_NAME}.safetensors"
+        state = safetensors.torch.load_file(path)
+        key = sorted(key for key in state if key.endswith("to_v_custom_diffusion.weight"))[-1]
+        change(state, key)
+        safetensors.torch.save_file(state, path)
+        return key
+
+    return spoil
+
+
+def nan_inside(state, key):
+    state[key][0, 0] = torch.nan
+
+
+def whole_numbers(state, key):
+    state[key] = state[key].to(torch.int32)
+
+
+def one_missing(state, key):
+    del state[key]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(nan_inside, "non-finite values"), (whole_numbers, "torch.int32"), (one_missing, "is missing")],
+)
+def test_weights_that_are_none_are_refused_by_name(tiny_model, concept, tmp_path, change, said):
+    folder = shutil.copytree(concept, tmp_path / "copy")
+    key = spoil_value(change)(folder)
+    pipeline = make_pipeline(tiny_model)
+    before = state_of(pipeline)
+    with pytest.raises(ValueError, match=said) as error:
+        load_custom_diffusion(pipeline, folder)
+    attention = key.partition(".processor")[0]
+    assert attention in str(error.value) and "to_v" in str(error.value) and WEIGHTS_NAME in str(error.value)
+    assert_same_state(state_of(pipeline), before)
+
+
+def test_a_token_that_is_not_finite_is_refused(concept, tmp_path):
+    folder = shutil.copytree(concept, tmp_path / "copy")
+    row = read_weights(concept).tokens["<new1>"].clone()
+    row[3] = torch.inf
+    safetensors.torch.save_file({"<new1>": row}, folder / "<new1>.safetensors")
+    with pytest.raises(ValueError, match=r"<new1>.* has non-finite values"):
+        read_weights(folder)
+
+
+# Scale
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.25, 0.8, 1.0])
+def test_scale_blends_between_the_base_model_and_what_was_trained(tiny_model, full_concept, scale):
+    base, trained, pipeline = (make_pipeline(tiny_model) for _ in range(3))
+    load_custom_diffusion(trained, full_concept)
+    load_custom_diffusion(pipeline, full_concept, scale=scale)
+    before, after, blended = (state_of(p) for p in (base, trained, pipeline))
+    for name in before:
+        if name.startswith("unet."):
+            wanted = before[name] + scale * (after[name] - before[name])
+            assert torch.allclose(blended[name], wanted, atol=1e-6), name
+    rows = [p.text_encoder.get_input_embeddings().weight for p in (pipeline, trained)]
+    assert torch.equal(*rows)
+    if scale in (0.0, 1.0):
+        end = before if scale == 0 else after
+        assert all(torch.equal(blended[name], end[name]) for name in before if name.startswith("unet."))
+    unload_custom_diffusion(pipeline)
+    assert_same_state(state_of(pipeline), before)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from custom_diffusion.cli.concepts import folder_problems
 from custom_diffusion.cli.versions import version_problems
+from custom_diffusion.errors import first_line
 from custom_diffusion.files import MODEL_INDEX, find_checkpoint, list_checkpoints
 
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}  # name -> module to install
@@ -124,11 +125,28 @@ def _library_problems(args):
 
     if args.report_to in TRACKERS:
         needs(f"--report_to {args.report_to}", TRACKERS[args.report_to])
+    if args.report_to in ("wandb", "all") and importlib.util.find_spec("wandb") is not None:
+        problems += _wandb_problems(f"--report_to {args.report_to}")
     if args.enable_xformers_memory_efficient_attention:
         needs("--enable_xformers_memory_efficient_attention", "xformers")
     if args.use_8bit_adam:
         needs("--use_8bit_adam", "bitsandbytes")
     return problems
+
+
+def _wandb_problems(flag):
+    """A line if wandb would ask for a login, which it does only when everything is loaded."""
+    import wandb
+
+    if wandb.setup().settings.mode in ("offline", "disabled", "dryrun"):
+        return []
+    try:
+        logged_in = wandb.login(prompt=False)
+    except TypeError:  # before wandb 0.24 or so, this asked for nothing either
+        logged_in = wandb.api.api_key
+    except Exception as error:  # wandb has many types of its own
+        return [f"{flag}: {first_line(error)}; run `wandb login`, or set WANDB_MODE=offline"]
+    return [] if logged_in else [f"{flag}: not logged in; run `wandb login`, or set WANDB_MODE=offline"]
 
 
 def _hub_problems(args):

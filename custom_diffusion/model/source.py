@@ -24,6 +24,7 @@ class ModelSource:
     Attributes:
         tokenizer: another tokenizer's folder or Hub id.
         flag: which flag names the model, for messages.
+        asked: the user named it now; if not, the weights do.
     """
 
     path: str
@@ -31,6 +32,7 @@ class ModelSource:
     variant: str | None = None
     tokenizer: str | None = None
     flag: str = "--model"
+    asked: bool = True
 
     @contextmanager
     def reading(self, says: str) -> Iterator[None]:
@@ -41,7 +43,8 @@ class ModelSource:
             raise
         # The loaders raise OSError, ValueError, KeyError, RuntimeError and the Hub's, JSON's and safetensors' own types.
         except Exception as error:
-            raise InputError(f"{self.flag}: '{self.path}' {says.format(reason=first_line(error))}") from None
+            named = "" if self.asked else ", which the weights name,"
+            raise InputError(f"{self.flag}: '{self.path}'{named} {says.format(reason=first_line(error))}") from None
 
 
 def base_of(config: dict, model: str | None, revision: str | None, variant: str | None) -> ModelSource:
@@ -52,9 +55,14 @@ def base_of(config: dict, model: str | None, revision: str | None, variant: str 
     """
     if model is not None:
         return ModelSource(model, revision, variant)
-    if not config.get("base_model"):
+    base = config.get("base_model")
+    if not base:
         raise InputError("--model: the weights do not say which model they were trained on; give it")
-    return ModelSource(config["base_model"], config.get("revision"), config.get("variant"))
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise InputError(
+            f"--model: the weights were trained on '{base}', which is not there; say where the model is now"
+        )
+    return ModelSource(base, config.get("revision"), config.get("variant"), asked=False)
 
 
 @dataclass(frozen=True)

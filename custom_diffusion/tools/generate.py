@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from custom_diffusion.cli.tool_flags import add_model_flags, model_problems, weights_problems, writable_problems
 from custom_diffusion.errors import InputError
 from custom_diffusion.files import whole_file
+from custom_diffusion.images import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
     from custom_diffusion.weights.format import ConceptWeights
@@ -25,6 +27,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_model_flags(parser)
     add("--weights", help="trained folder, checkpoint folder or Hub id (default: draw with the base model alone)")
+    add(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="0 for the base model to 1 for the trained weights (default: %(default)s)",
+    )
     add("--prompt", required=True, action="append", help="what to draw; repeat the flag for several prompts")
     add("--negative_prompt", help="what not to draw")
     add("--output", required=True, help="image file for one image, else a folder")
@@ -58,7 +66,9 @@ def flag_problems(args: argparse.Namespace) -> list[str]:
 
 def _output_problems(output, count):
     problems = []
-    if output.suffix.lower() in OUTPUT_FORMATS:
+    if output.suffix.lower() in IMAGE_SUFFIXES - OUTPUT_FORMATS.keys():
+        problems.append(f"--output: cannot write {output.suffix}; name a file that ends in {', '.join(OUTPUT_FORMATS)}")
+    elif output.suffix.lower() in OUTPUT_FORMATS:
         if count > 1:
             problems.append(f"--output: '{output}' is one file for {count} images; name a folder")
         elif output.is_dir():
@@ -71,8 +81,7 @@ def _output_problems(output, count):
 def main(args: argparse.Namespace) -> None:
     """Draw every image; say where each is."""
     flags = {name: value for name, value in vars(args).items() if name != "tool"}
-    for path in generate(flags.pop("weights"), flags.pop("prompt"), **flags):
-        print(path)
+    generate(flags.pop("weights"), flags.pop("prompt"), **flags)
 
 
 def generate(
@@ -80,6 +89,7 @@ def generate(
     prompt: str | list[str],
     *,
     output: str | Path,
+    scale: float = 1.0,
     negative_prompt: str | None = None,
     num_images: int = 1,
     num_inference_steps: int = 50,
@@ -98,6 +108,7 @@ def generate(
         weights: trained folder, checkpoint folder, Hub id, weights already read, or None for the base model alone.
         prompt: one or several. num_images: of each; the i-th has the noise of seed + i, on any device.
         output: an image file for one image, else a folder.
+        scale: between 0, the base model's weights, and 1, the trained ones, as in `load_custom_diffusion`.
         height, width: pixels. precision: "fp32", "fp16", "bf16", by default fp16 on a GPU and else fp32.
         model, revision, variant: the base model, by default the one that the weights name.
     Returns:
@@ -116,19 +127,23 @@ def generate(
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     if weights is not None:
         weights = as_weights(weights, "--weights")
-        check_prompts(prompts, list(weights.tokens))
+        check_prompts("--prompt", prompts, list(weights.tokens))
+        check_prompts("--negative_prompt", [negative_prompt or ""], list(weights.tokens))
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = dtypes[precision or ("fp16" if device.type == "cuda" else "fp32")]
     pipe = load_pipeline(base_of({} if weights is None else weights.config, model, revision, variant), dtype)
     if weights is not None:
         try:
-            load_custom_diffusion(pipe, weights)
+            load_custom_diffusion(pipe, weights, scale=scale)
         except ValueError as error:
             raise InputError(f"--weights: {error}") from None
+    most = pipe.scheduler.config.num_train_timesteps
+    if num_inference_steps > most:
+        raise InputError(f"--num_inference_steps: {num_inference_steps} is more than the model's {most}")
     pipe.to(device)
     paths = image_paths(Path(output), len(prompts), num_images)
     for number, path in enumerate(paths):
-        pipe.set_progress_bar_config(desc=path.name)
+        pipe.set_progress_bar_config(desc=path.name, disable=not sys.stderr.isatty())
         image = pipe(
             prompts[number // num_images],
             negative_prompt=negative_prompt,
@@ -142,16 +157,17 @@ def generate(
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
             image.save(temporary, format=OUTPUT_FORMATS[path.suffix.lower()])
+        print(path, flush=True)
     return paths
 
 
-def check_prompts(prompts: list[str], tokens: list[str]) -> None:
+def check_prompts(flag: str, prompts: list[str], tokens: list[str]) -> None:
     """Raises InputError for a word like <new9> that the weights do not know: it would be drawn as noise."""
     for prompt in prompts:
         for word in re.findall(r"<[^<>\s]+>", prompt):
             if word not in tokens:
                 known = ", ".join(tokens) or "no token"
-                raise InputError(f"--prompt: {prompt!r} has {word}, but the weights bring {known}")
+                raise InputError(f"{flag}: {prompt!r} has {word}, but the weights bring {known}")
 
 
 def image_paths(output: Path, num_prompts: int, num_images: int) -> list[Path]:

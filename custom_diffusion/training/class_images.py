@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
-from tqdm.auto import tqdm
 
 from custom_diffusion.class_folder import read_class_folder
 from custom_diffusion.cli.concepts import Concept
@@ -17,6 +16,7 @@ from custom_diffusion.files import whole_file
 from custom_diffusion.images import find_images
 from custom_diffusion.model.loading import load_pipeline
 from custom_diffusion.model.source import ModelSource
+from custom_diffusion.progress import ProgressBar
 from custom_diffusion.training.samples import PRIOR, random_stream
 from custom_diffusion.training.stopping import RunStopped, StopSignals
 
@@ -60,7 +60,7 @@ def generate_class_images(
     own, num_rounds = shares[rank], _largest(accelerator, max(map(len, shares)))
     pipeline = _load_pipeline(accelerator, source, dtype) if own else None
     with signals.remembered():
-        for index in tqdm(
+        for index in ProgressBar(
             range(num_rounds), desc="Generating class images", disable=not accelerator.is_local_main_process
         ):
             problem = None

@@ -2,6 +2,7 @@
 
 import argparse
 from importlib.metadata import version
+from pathlib import Path
 
 from custom_diffusion.cli.concepts import Concept
 
@@ -120,6 +121,11 @@ def _flags_that_keep(samples_per_step, now):
     return f"to keep it, use --train_batch_size {batch_size} --gradient_accumulation_steps {share // batch_size}"
 
 
+def _wherever_called_from(model):
+    """A folder's absolute path, or the Hub id as it is."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
 def weights_config(settings: dict, step: int) -> dict:
     """The settings file of a trained folder, which the tools read. It names no photo: it is made to be handed on."""
     concepts = [
@@ -127,7 +133,7 @@ def weights_config(settings: dict, step: int) -> dict:
         for concept in settings["concepts"]
     ]
     return {
-        "base_model": settings["pretrained_model_name_or_path"],
+        "base_model": _wherever_called_from(settings["pretrained_model_name_or_path"]),
         "revision": settings["revision"],
         "variant": settings["variant"],
         "freeze_model": settings["freeze_model"],

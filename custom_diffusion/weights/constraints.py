@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from tqdm.auto import tqdm
+
+from custom_diffusion.progress import ProgressBar
 
 # Share of the mean eigenvalue. Captions that the merge has not read, of which there are always more, then change less.
 RIDGE = 1e-3
@@ -97,7 +98,7 @@ def merge_layers(
         The merged matrices, float32, and the reports, by name.
     """
     tensors, reports = {}, {}
-    for name in tqdm(base, desc="Merging", unit="matrix"):
+    for name in ProgressBar(base, desc="Merging", unit="matrix"):
         targets = torch.cat([rows @ part[name].double().T for rows, part in zip(words, parts)])  # V: (s, out)
         merged, reports[name] = constraints.merge(base[name], targets)
         tensors[name] = merged.float()

@@ -185,6 +185,7 @@ def read_weights(path_or_hub_id: str | Path, **hub_options) -> ConceptWeights:
             tensors, deltas = deltas_from_file(state)
         else:
             tensors = from_file_keys(state)
+        _check_complete([*tensors, *deltas])
     except ValueError as error:
         raise ValueError(f"'{path}' cannot be used: {error}") from None
     config = _read_config(folder / CONFIG_NAME)
@@ -201,6 +202,15 @@ def read_weights(path_or_hub_id: str | Path, **hub_options) -> ConceptWeights:
             raise ValueError(f"'{file}' cannot be used: it is not the embedding of {token!r}")
         tokens[token] = state[token]
     return ConceptWeights(tensors, tokens, config, deltas)
+
+
+def _check_complete(names):
+    """Raises ValueError unless every cross-attention has the same parameters, keys and values among them."""
+    split = [re.fullmatch(r"(.+\.attn2)\.(.+)", name).groups() for name in names]
+    kinds = {"to_k.weight", "to_v.weight"} | {kind for _, kind in split}
+    for attention in sorted({attention for attention, _ in split}):
+        if missing := [kind for kind in sorted(kinds) if (attention, kind) not in split]:
+            raise ValueError(f"{attention}.{missing[0]} is missing")
 
 
 def _read_config(path):
@@ -226,6 +236,11 @@ def _read_state(path):
         for k, v in state.items()
     ):
         raise ValueError(f"'{path}' is not a dictionary of tensors")
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor) and not value.is_floating_point():
+            raise ValueError(f"'{path}' cannot be used: {key!r} holds {value.dtype} instead of floating-point numbers")
+        if isinstance(value, torch.Tensor) and not value.isfinite().all():
+            raise ValueError(f"'{path}' cannot be used: {key!r} has non-finite values (NaN or infinity)")
     return state
 
 

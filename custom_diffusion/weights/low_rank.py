@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from statistics import median_high
 
 import torch
-from tqdm.auto import tqdm
 
 from custom_diffusion.errors import warn
+from custom_diffusion.progress import ProgressBar
 from custom_diffusion.weights.format import ConceptWeights, LowRankDelta
 
 # Weights trained from their base point its way; with any other model's they have next to nothing in common.
@@ -59,7 +59,7 @@ def decompose(deltas: dict[str, torch.Tensor]) -> dict[str, Decomposition]:
     """Singular value decomposition of every change."""
     return {
         name: Decomposition(*torch.linalg.svd(delta, full_matrices=False))
-        for name, delta in tqdm(deltas.items(), desc="Decomposing", unit="matrix")
+        for name, delta in ProgressBar(deltas.items(), desc="Decomposing", unit="matrix")
     }
 
 

@@ -1,88 +1,149 @@
 """Trained weights into a diffusers pipeline, and out again."""
 
 import re
+import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate.hooks import CpuOffload
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders import TextualInversionLoaderMixin
+from torch import nn
+from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
 from custom_diffusion.weights.format import ConceptWeights, cross_attention_names, read_weights
 
 
 @dataclass
 class _Loaded:
-    """What `unload_custom_diffusion` needs to undo a load."""
+    """What is loaded into a UNet, kept at the UNet itself: pipelines come and go, and share their parts.
+
+    Attributes:
+        base_tensors: the UNet's own parameters by name, on the CPU.
+        tokens: that were added to the tokenizer and text encoder; both are weak references.
+    """
 
     base_tensors: dict[str, torch.Tensor]
     tokens: list[str]
+    tokenizer: weakref.ref
+    text_encoder: weakref.ref
 
 
-def load_custom_diffusion(pipe: DiffusionPipeline, weights: ConceptWeights | str | Path, **hub_options) -> None:
-    """Put a trained concept into a Stable Diffusion pipeline.
+def load_custom_diffusion(
+    pipe: DiffusionPipeline, weights: ConceptWeights | str | Path, *, scale: float = 1.0, **hub_options
+) -> None:
+    """Put a trained concept into a Stable Diffusion pipeline, and so into every pipeline that shares its UNet.
 
     The trained keys and values (queries, outputs) take the place of the UNet's own, in its precision and on its device, so
     that drawing costs what it did before; the modifier tokens join the tokenizer and text encoder. Whatever concept was
-    loaded before is taken out first. Works with offloading and with LoRA layers in place.
+    loaded before, through whichever pipeline, is taken out first. Works with offloading, with compiled UNets and text encoders,
+    and with LoRA layers in place.
 
     Args:
         weights: trained folder, checkpoint folder, or Hub repository; or what `read_weights` has read of one.
+        scale: 1 for the trained weights, 0 for the base model's, in between a blend of both, like a LoRA's weight. The modifier
+            tokens are the trained ones at any scale.
         hub_options: `revision`, `token`, `cache_dir`... for the Hub.
     Raises:
-        ValueError: the weights cannot be read, or do not fit the pipeline, which is then unchanged.
+        ValueError: the weights cannot be read, or do not fit the pipeline, or a LoRA is fused into it. The pipeline is then
+            unchanged.
     """
     name = "the concept" if isinstance(weights, ConceptWeights) else f"'{weights}'"
     if not isinstance(weights, ConceptWeights):
         weights = read_weights(weights, **hub_options)
+    try:
+        _check_fit(pipe, weights)
+    except ValueError as error:
+        raise ValueError(f"{name} does not fit the pipeline: {error}") from None
     with _without_offloading(pipe):
-        earlier = _take_out(pipe)
-        try:
-            _check_fit(pipe, weights)
-        except ValueError as error:
-            if earlier is not None:
-                _put_in(pipe, earlier)
-            raise ValueError(f"{name} does not fit the pipeline: {error}") from None
-        _put_in(pipe, weights)
+        _take_out(_unwrapped(pipe.unet))
+        _put_in(pipe, weights, scale)
 
 
 def unload_custom_diffusion(pipe: DiffusionPipeline) -> None:
-    """Undo `load_custom_diffusion`, bit for bit. Nothing happens if nothing is loaded."""
-    with _without_offloading(pipe):
-        _take_out(pipe)
+    """Undo `load_custom_diffusion`, bit for bit, through whichever pipeline it was. Nothing happens if nothing is loaded.
+
+    Raises:
+        ValueError: a LoRA was fused into the loaded weights.
+    """
+    unet = _unwrapped(pipe.unet)
+    if _loaded(unet) is not None:
+        _check_nothing_is_fused(unet)
+        with _without_offloading(pipe):
+            _take_out(unet)
 
 
-def _put_in(pipe, weights):
-    parameters = {name: _parameter(pipe.unet, name) for name in weights.shapes()}
+def _put_in(pipe, weights, scale):
+    unet, text_encoder, tokenizer = _unwrapped(pipe.unet), _unwrapped(pipe.text_encoder), pipe.tokenizer
+    parameters = {name: _parameter(unet, name) for name in weights.shapes()}
     base = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+    loaded = _Loaded(base, list(weights.tokens), weakref.ref(tokenizer), weakref.ref(text_encoder))
     with torch.no_grad():
         for name, parameter in parameters.items():
-            delta = weights.deltas.get(name)
-            parameter.copy_(weights.tensors[name] if delta is None else base[name].float() + delta.matrix())
+            parameter.copy_(_blended(weights, name, base[name], scale))
     if weights.tokens:
-        # Before diffusers does it: its way draws the new rows at random first, which takes time and random numbers.
-        pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer) + len(weights.tokens), mean_resizing=False)
-        pipe.load_textual_inversion([{t: e} for t, e in weights.tokens.items()], token=list(weights.tokens))
-    pipe._custom_diffusion = _Loaded(base, list(weights.tokens))
+        with _same_random_state(text_encoder.device):
+            # Before diffusers does it: its way draws the new rows from the old ones' distribution first, which takes time.
+            text_encoder.resize_token_embeddings(len(tokenizer) + len(weights.tokens), mean_resizing=False)
+            pipe.load_textual_inversion(
+                [{token: embedding} for token, embedding in weights.tokens.items()],
+                token=list(weights.tokens),
+                tokenizer=tokenizer,
+                text_encoder=text_encoder,
+            )
+    unet._custom_diffusion = loaded
 
 
-def _take_out(pipe):
-    """Take the loaded concept out and return it, in the pipeline's precision."""
-    loaded = getattr(pipe, "_custom_diffusion", None)
+def _blended(weights, name, base, scale):
+    """A parameter's value, (out, in) or (out,), between the base model's and the trained one."""
+    delta = weights.deltas.get(name)
+    if delta is not None:
+        return base.float() + scale * delta.matrix()
+    if scale == 1:
+        return weights.tensors[name]
+    return torch.lerp(base.float(), weights.tensors[name].float(), scale)
+
+
+def _take_out(unet):
+    """Restore the UNet, and the tokenizer and text encoder that were loaded with it, if anything is loaded."""
+    loaded = _loaded(unet)
     if loaded is None:
-        return None
-    tensors = {name: _parameter(pipe.unet, name).detach().to("cpu", copy=True) for name in loaded.base_tensors}
-    embedding = pipe.text_encoder.get_input_embeddings().weight
-    ids = pipe.tokenizer.convert_tokens_to_ids(loaded.tokens)
-    tokens = {token: embedding[i].detach().cpu().clone() for token, i in zip(loaded.tokens, ids)}
+        return
     with torch.no_grad():
         for name, tensor in loaded.base_tensors.items():
-            _parameter(pipe.unet, name).copy_(tensor)
-    if loaded.tokens:
-        pipe.unload_textual_inversion(loaded.tokens)
-    pipe._custom_diffusion = None
-    return ConceptWeights(tensors, tokens)
+            _parameter(unet, name).copy_(tensor)
+    tokenizer, text_encoder = loaded.tokenizer(), loaded.text_encoder()
+    if tokenizer is not None and text_encoder is not None:
+        _remove_tokens(tokenizer, text_encoder, loaded)
+    unet._custom_diffusion = None
+
+
+def _remove_tokens(tokenizer, text_encoder, loaded):
+    """Those of the tokens that nobody has removed in the meantime."""
+    vocabulary = tokenizer.get_vocab()
+    tokens = [token for token in loaded.tokens if token in vocabulary]
+    if tokens:
+        with _same_random_state(text_encoder.device):
+            _TokenRemover().unload_textual_inversion(tokens, tokenizer=tokenizer, text_encoder=text_encoder)
+    # diffusers leaves the configuration at the size with the tokens, and a model saved so could not be read.
+    rows = text_encoder.get_input_embeddings().weight.shape[0]
+    text_encoder.config.vocab_size = rows
+
+
+class _TokenRemover(TextualInversionLoaderMixin):
+    """diffusers' way to remove tokens, which belongs to pipelines, for a tokenizer and text encoder without one."""
+
+
+def _loaded(unet) -> _Loaded | None:
+    return getattr(unet, "_custom_diffusion", None)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself, where `torch.compile` has put another around it."""
+    return getattr(module, "_orig_mod", module)
 
 
 def _parameter(unet, name):
@@ -96,24 +157,51 @@ def _check_fit(pipe, weights):
     for part in ("unet", "text_encoder", "tokenizer"):
         if getattr(pipe, part, None) is None:
             raise ValueError(f"it has no {part}")
-    attentions = set(cross_attention_names(pipe.unet))
+    unet: UNet2DConditionModel = _unwrapped(pipe.unet)
+    text_encoder: CLIPTextModel = _unwrapped(pipe.text_encoder)
+    _check_nothing_is_fused(unet)
+    attentions = set(cross_attention_names(unet))
     named = {re.match(r".+\.attn2", name).group() for name in weights.shapes()}
     if named != attentions:
         raise ValueError(
             f"the weights are for {len(named)} cross-attentions of another model, not these {len(attentions)}"
         )
     for name, given in weights.shapes().items():
-        shape = _parameter(pipe.unet, name).shape
+        shape = _parameter(unet, name).shape
         if given != shape:
             raise ValueError(
                 f"{name} is {tuple(given)}, the model's is {tuple(shape)}; was it trained on another model?"
             )
-    width = pipe.text_encoder.get_input_embeddings().weight.shape[1]
-    for token, embedding in weights.tokens.items():
+    _check_tokens_fit(pipe.tokenizer, text_encoder, weights.tokens, _loaded(unet))
+
+
+def _check_tokens_fit(
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: CLIPTextModel,
+    tokens: dict[str, torch.Tensor],
+    loaded: _Loaded | None,
+):
+    width = text_encoder.get_input_embeddings().weight.shape[1]
+    leaving = set(loaded.tokens) if loaded is not None and loaded.tokenizer() is tokenizer else set()
+    taken = tokenizer.get_vocab().keys() - leaving
+    for token, embedding in tokens.items():
         if embedding.shape != (width,):
             raise ValueError(f"the embedding of {token} is {tuple(embedding.shape)}, the model's have {width} values")
-        if token in pipe.tokenizer.get_vocab():
+        if token in taken:
             raise ValueError(f"its tokenizer already has {token}; unload what brought it")
+
+
+def _check_nothing_is_fused(unet):
+    """A fused LoRA is part of the very numbers that would be replaced."""
+    if any(getattr(module, "merged", False) for module in unet.modules() if hasattr(module, "base_layer")):
+        raise ValueError("a LoRA is fused into its UNet; call `pipe.unfuse_lora()` first, and fuse it again afterwards")
+
+
+@contextmanager
+def _same_random_state(device: torch.device) -> Iterator[None]:
+    """New embeddings are drawn at random before they get their values; whoever draws next must not notice."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
 
 
 @contextmanager

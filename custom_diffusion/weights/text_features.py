@@ -1,10 +1,10 @@
 """Text features of a concept's own words and of ordinary captions: what a merge goes by."""
 
 import torch
-from tqdm.auto import tqdm
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
 from custom_diffusion.errors import InputError
+from custom_diffusion.progress import ProgressBar
 from custom_diffusion.weights.constraints import drop_equal_rows
 from custom_diffusion.weights.format import ConceptWeights
 
@@ -49,7 +49,7 @@ def caption_moments(
     # Batches of about the same length need little padding.
     captions = sorted(captions, key=lambda caption: len(tokenizer(caption, truncation=True).input_ids))
     moments = 0
-    for start in tqdm(range(0, len(captions), batch_size), desc="Reading captions", unit="batch"):
+    for start in ProgressBar(range(0, len(captions), batch_size), desc="Reading captions", unit="batch"):
         batch = text_features(tokenizer, text_encoder, captions[start : start + batch_size])
         rows = torch.cat([features[1:] for _, features in batch])
         moments = moments + rows.T @ rows
