@@ -14,6 +14,7 @@ from launch import ROOT
 
 import custom_diffusion
 from custom_diffusion import compress, export, generate, info, merge, read_weights
+from custom_diffusion.errors import InputError
 
 TOOLS = ["generate", "export", "merge", "compress", "info", "share"]
 
@@ -88,6 +89,16 @@ def test_help_shows_the_functions():
     shown = pydoc.render_doc(custom_diffusion, renderer=pydoc.plaintext)
     for name in (*TOOLS, "load_custom_diffusion", "unload_custom_diffusion", "read_weights"):
         assert f"\n    {name}(" in shown, name
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [compress, lambda w, output: export(w, to="lora", output=output), lambda w, output: merge([w, w], output=output)],
+)
+def test_a_function_replaces_no_folder_that_holds_anything(folders, tool):
+    with pytest.raises(InputError, match="is not empty"):
+        tool(folders / "cat", output=folders / "full")
+    assert [p.name for p in (folders / "full").iterdir()] == ["precious.txt"]
 
 
 def test_weights_are_read_once_and_handed_on(tiny_model, tmp_path, monkeypatch):

@@ -97,6 +97,12 @@ def output_folder_problems(path: str) -> list[str]:
     return writable_problems(path)
 
 
+def check_output_folder(path: str | Path) -> None:
+    """`output_folder_problems` for those who call a tool as a function; raises InputError."""
+    if problems := output_folder_problems(str(path)):
+        raise InputError(*problems)
+
+
 def writable_problems(path: str) -> list[str]:
     """A line if nothing can be written at `--output`."""
     parent = next(p for p in [Path(path), *Path(path).absolute().parents] if p.exists())

@@ -12,7 +12,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from custom_diffusion.cli.tool_flags import add_model_flags, model_problems, output_folder_problems, weights_problems
+from custom_diffusion.cli.tool_flags import (
+    add_model_flags,
+    check_output_folder,
+    model_problems,
+    output_folder_problems,
+    weights_problems,
+)
 from custom_diffusion.files import whole_folder
 
 if TYPE_CHECKING:
@@ -68,13 +74,14 @@ def compress(
     Returns:
         A line that says how small they are, and how much was kept.
     Raises:
-        InputError: the weights or the model cannot be used.
+        InputError: the weights or the model cannot be used, or the output folder holds something.
     """
     from custom_diffusion.model.loading import base_tensors, empty_unet_for
     from custom_diffusion.model.source import base_of
     from custom_diffusion.weights.format import as_weights, write_weights
     from custom_diffusion.weights.low_rank import changes, decompose, rank_summary
 
+    check_output_folder(output)
     if energy is None and rank is None:
         energy = DEFAULT_ENERGY
     weights = as_weights(weights)

@@ -11,7 +11,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from custom_diffusion.cli.tool_flags import add_model_flags, model_problems, output_folder_problems, weights_problems
+from custom_diffusion.cli.tool_flags import (
+    add_model_flags,
+    check_output_folder,
+    model_problems,
+    output_folder_problems,
+    weights_problems,
+)
 from custom_diffusion.errors import InputError, warn
 from custom_diffusion.files import whole_folder
 
@@ -89,13 +95,14 @@ def export(
     Returns:
         A line that says what was kept, and how to use it.
     Raises:
-        InputError: the weights or the model cannot be used.
+        InputError: the weights or the model cannot be used, or the output folder holds something.
     """
     from custom_diffusion.model.loading import base_tensors, empty_unet_for
     from custom_diffusion.model.source import base_of
     from custom_diffusion.weights.format import as_weights
     from custom_diffusion.weights.low_rank import changes, decompose, rank_summary
 
+    check_output_folder(output)
     weights, output = as_weights(weights), Path(output)
     source = base_of(weights.config, model, revision, variant)
     empty_unet_for(weights, source)

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from custom_diffusion.class_folder import CAPTIONS
-from custom_diffusion.cli.tool_flags import add_model_flags, model_problems, output_folder_problems, weights_problems
+from custom_diffusion.cli.tool_flags import (
+    add_model_flags,
+    check_output_folder,
+    model_problems,
+    output_folder_problems,
+    weights_problems,
+)
 from custom_diffusion.errors import InputError, warn
 from custom_diffusion.files import whole_folder
 
@@ -94,7 +100,7 @@ def merge(
     Returns:
         How well each matrix was merged, by name.
     Raises:
-        InputError: the weights or the model cannot be used, or not merged.
+        InputError: the weights or the model cannot be used, or the output folder holds something, or not merged.
     """
     import torch
 
@@ -105,6 +111,7 @@ def merge(
     from custom_diffusion.weights.low_rank import full_tensors
     from custom_diffusion.weights.text_features import add_tokens, concept_words
 
+    check_output_folder(output)
     parts = [as_weights(part) for part in weights]
     names = [
         f"concept {number}" if isinstance(part, ConceptWeights) else Path(part).name
