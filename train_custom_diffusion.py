@@ -102,7 +102,7 @@ class Plan:
 
 
 def main(args, concepts):
-    """One training run, from flags to saved weights and images."""
+    """One training run, from flags to saved weights and images. Whether they were shared, if they were to be."""
     # Setup: whatever can be known and checked without the weights
     signals = StopSignals()
     accelerator = make_accelerator(args)
@@ -230,15 +230,18 @@ def main(args, concepts):
     return_freed_memory(device)
 
     # Read back, draw, share
+    shared = True
     if accelerator.is_main_process:
         pipeline = read_back(output_dir, concept_model.eval(), validation.pipeline, plain_tokenizer, **run_folder.probe)
         logger.info(f"Saved the weights in '{output_dir}', and read them back")
         images = validation.show(pipeline, name="final", tag="test", step=progress.step)
         if repo_id is not None:
-            share.upload_run(args, output_dir, repo_id, weights_config(settings, progress.step), images)
+            config = weights_config(settings, progress.step, args.validation_prompt)
+            shared = share.upload_run(args, output_dir, repo_id, config, images)
     with lost_process_told(saved):
         accelerator.wait_for_everyone()  # the process group must not go while one of them still works
     accelerator.end_training()
+    return shared
 
 
 def make_accelerator(args):
@@ -414,6 +417,7 @@ def make_run_folder(args, concepts, model, plan, settings, stateful):
         model=model,
         tokens=plan.tokens,
         settings=settings,
+        validation_prompt=args.validation_prompt,
         formats=("bin",) if args.no_safe_serialization else ("safetensors", "bin"),
         probe={"prompt": concepts[0].instance_prompt, "latent_shape": (1, *plan.latent_shape)},
         total_limit=args.checkpoints_total_limit,
@@ -481,7 +485,7 @@ def end(message, status=1):
 if __name__ == "__main__":
     first = int(os.environ.get("RANK", 0)) == 0
     try:
-        main(args, concepts)
+        sys.exit(0 if main(args, concepts) else 1)
     except InputError as error:
         exit_with_problems("train_custom_diffusion.py", error.problems)
     except ProcessLost as lost:

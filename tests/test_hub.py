@@ -14,6 +14,7 @@ import torch
 from fake_concept import run_tool
 from hub_server import READ_TOKEN, TOKEN, HubServer
 from launch import PLAIN, ROOT, run
+from PIL import Image
 from tiny import make_model, make_pictures
 
 from custom_diffusion.cli.training_flags import build_parser
@@ -199,6 +200,39 @@ def test_failed_upload_loses_nothing_and_the_printed_command_repeats_it(local_hu
     assert command[:3] == ["python", "-m", "custom_diffusion"]
     run_tool(*command[3:])
     assert {"<new1>.bin", "<new2>.bin", "README.md"} < set(local_hub.repositories["tester/my-pot"])
+
+
+def test_a_folder_shared_under_another_name_speaks_of_that_one(local_hub, tmp_path):
+    make_trained_folder(tmp_path / "pot", CONFIG | {"validation_prompt": "a <new2> pot"})
+    for name in ("step-000000-0", "step-000050-0", "step-000050-1"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "pot" / f"{name}.png")
+    (tmp_path / "pot" / "samples").mkdir()
+    for path in (tmp_path / "pot").glob("step-*.png"):
+        path.rename(tmp_path / "pot" / "samples" / path.name)
+    run_tool("share", tmp_path / "pot", "--hub_model_id", "first")
+    card = tmp_path / "pot" / "README.md"
+    card.write_text(card.read_text() + "\nMy own words about 'this'.\n")
+    run_tool("share", tmp_path / "pot", "--hub_model_id", "second")
+    first, second = (local_hub.repositories.pop(f"tester/{name}")["README.md"].decode() for name in ("first", "second"))
+    assert "'tester/first'" in first and "# Custom Diffusion: first\n" in first
+    assert "first" not in second and second.count("'tester/second'") == first.count("'tester/first'") > 1
+    assert "My own words about 'this'." in second
+    for shown in ("samples/step-000050-0.png", "samples/step-000050-1.png"):
+        assert f"![]({shown})\n\n`a <new2> pot`" in first
+    assert "step-000000" not in first
+
+
+def test_a_run_whose_upload_fails_says_so_by_its_status(server, base, run_arguments, tmp_path):
+    arguments = {**run_arguments, "output_dir": tmp_path / "not-there", "push_to_hub": True, "max_train_steps": 1}
+    server.refuse = "/commit/"
+    try:
+        environment = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        failed = run(PLAIN, arguments, tmp_path / "log", env=environment)
+    finally:
+        server.refuse = None
+    assert failed.status == 1 and "Traceback" not in failed.output
+    assert failed.output.count("To upload it later: ") == 1
+    assert (tmp_path / "not-there" / "<new1>.bin").is_file()
 
 
 @pytest.mark.parametrize("place", ["/home/mary/models/sd", "./models/sd", "~/sd", "home/mary/sd", "D:\\\\sd"])

@@ -39,6 +39,9 @@ def run_tool(program: str, tool: ModuleType, args: argparse.Namespace) -> None:
         tool.main(args)
     except InputError as error:
         exit_with_problems(program, error.problems)
+    except BrokenPipeError:  # whoever read the output, `head` for example, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except OSError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

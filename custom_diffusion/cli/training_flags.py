@@ -146,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--validation_prompt", help="Draw this prompt during training.")
     add("--num_validation_images", type=int, default=2, help="Images drawn each time.")
     add("--validation_steps", type=int, default=50, help="Steps between drawings.")
-    add("--logging_dir", default="logs", help="Folder for tracker files, inside the output folder.")
+    add("--logging_dir", default="logs", help="Folder for TensorBoard's files, inside the output folder.")
     add("--report_to", default="tensorboard", choices=[*TRACKERS, "all", "none"], help="Tracker for losses and images.")
     add("--push_to_hub", action="store_true", help="Upload weights, samples and a model card at the end.")
     add("--hub_token", help="Hub token, if not logged in.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -22,9 +23,6 @@ from custom_diffusion.files import CARD_NAME, CONFIG_NAME, SAMPLES_DIR, WEIGHTS_
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from huggingface_hub import ModelCard
-
-# Settings that may name a folder of the user's computer.
-_MAY_BE_PATHS = ("pretrained_model_name_or_path", "tokenizer_name")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -64,8 +62,10 @@ def share(weights: str | Path, *, hub_model_id: str | None = None, hub_token: st
     folder = Path(weights)
     config = as_weights(folder).config
     repo_id = make_repository(hub_model_id or folder.resolve().name, hub_token, asked_by="--hub_model_id")
-    if not (folder / CARD_NAME).is_file():
-        write_card(folder, model_card(repo_id, config, samples=[]), config)
+    if (folder / CARD_NAME).is_file():
+        rename_in_card(folder / CARD_NAME, repo_id)
+    else:
+        write_card(folder, model_card(repo_id, config, sample_images(folder, config)), config)
     return upload(folder, repo_id, config, hub_token)
 
 
@@ -192,12 +192,13 @@ def upload(folder: Path, repo_id: str, config: dict, token: str | None) -> bool:
 def public_config(config: dict) -> dict:
     """A trained folder's settings without any path of this computer and any file name of a photo."""
     from custom_diffusion.training.model_card import is_local
+    from custom_diffusion.training.settings import PLACES
 
     def without_photos(concepts):
         return [{name: value for name, value in concept.items() if name != "photos"} for concept in concepts]
 
     settings = {
-        name: None if name in _MAY_BE_PATHS and is_local(value) else value
+        name: None if name in PLACES and is_local(value) else value
         for name, value in config.get("settings", {}).items()
     }
     if "concepts" in settings:
@@ -206,6 +207,31 @@ def public_config(config: dict) -> dict:
     if "concepts" in config:
         public["concepts"] = without_photos(config["concepts"])
     return public | ({"settings": settings} if settings else {})
+
+
+def sample_images(folder: Path, config: dict) -> list[tuple[str, str]]:
+    """(path inside the folder, prompt) of the images that a run drew last; none if it is not known from which prompt."""
+    prompt = config.get("validation_prompt")
+    drawn = sorted((folder / SAMPLES_DIR).glob("*-*.png")) if prompt else []
+    last = [path for path in drawn if path.name.startswith("final-")]
+    if not last and drawn:
+        last = [path for path in drawn if path.stem.rpartition("-")[0] == drawn[-1].stem.rpartition("-")[0]]
+    return [(path.relative_to(folder).as_posix(), prompt) for path in last]
+
+
+def rename_in_card(path: Path, repo_id: str) -> None:
+    """Let a card that was written for another repository speak of this one. Whatever else its author wrote stays."""
+    text = path.read_text(encoding="utf-8")
+    found = re.search(r"load_custom_diffusion\(pipe, '([^']+)'\)", text)
+    if found is None or found.group(1) == repo_id:
+        return
+    earlier = found.group(1)
+    text = text.replace(f"'{earlier}'", f"'{repo_id}'")
+    text = text.replace(
+        f"# Custom Diffusion: {earlier.split('/')[-1]}\n", f"# Custom Diffusion: {repo_id.split('/')[-1]}\n"
+    )
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_card(folder: Path, card: ModelCard, config: dict) -> None:

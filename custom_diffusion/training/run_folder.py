@@ -27,6 +27,7 @@ class RunFolder:
     Attributes:
         tokens: the modifier tokens, in the order of the model's rows.
         settings: the run's (`run_settings`).
+        validation_prompt: what the sample images are drawn from, for those who share the folder.
         formats: of the weights at the end, as in `write_weights`; of a checkpoint the first is enough.
         total_limit: how many checkpoints to keep, None for all.
         stateful: what a checkpoint holds beside the weights, by name: optimizer, schedule and perhaps gradient scaler.
@@ -37,6 +38,7 @@ class RunFolder:
     model: ConceptModel
     tokens: list[str]
     settings: dict
+    validation_prompt: str | None
     formats: tuple[str, ...]
     probe: dict
     total_limit: int | None
@@ -63,7 +65,9 @@ class RunFolder:
         if not predicts_finite(self.model, **self.probe):
             raise RunStopped(non_finite_message("prediction", math.nan, step, self.path))
         tensors, rows = self.model.trained_tensors()
-        return ConceptWeights(tensors, dict(zip(self.tokens, rows)), weights_config(self.settings, step))
+        return ConceptWeights(
+            tensors, dict(zip(self.tokens, rows)), weights_config(self.settings, step, self.validation_prompt)
+        )
 
 
 def check_token_files(accelerator: Accelerator, output_dir: Path, tokens: list[str]) -> None:

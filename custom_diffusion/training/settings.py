@@ -38,6 +38,8 @@ _COURSE = [
 ]
 # Recorded, but only their product with the number of processes matters.
 _SHARES_OF_A_STEP = ("train_batch_size", "gradient_accumulation_steps")
+# Settings that may name a folder of the user's computer, or else a Hub id.
+PLACES = ("pretrained_model_name_or_path", "tokenizer_name")
 # A checkpoint made under another value of these has other tensors, or tensors that mean something else.
 _MUST_AGREE = ("freeze_model", "modifier_tokens", "model_configuration", "use_8bit_adam")
 
@@ -121,12 +123,12 @@ def _flags_that_keep(samples_per_step, now):
     return f"to keep it, use --train_batch_size {batch_size} --gradient_accumulation_steps {share // batch_size}"
 
 
-def _wherever_called_from(model):
-    """A folder's absolute path, or the Hub id as it is."""
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
+def _wherever_called_from(place):
+    """A folder's absolute path; a Hub id, or None, as it is."""
+    return str(Path(place).resolve()) if place and Path(place).is_dir() else place
 
 
-def weights_config(settings: dict, step: int) -> dict:
+def weights_config(settings: dict, step: int, validation_prompt: str | None) -> dict:
     """The settings file of a trained folder, which the tools read. It names no photo: it is made to be handed on."""
     concepts = [
         {name: value for name, value in concept.items() if name != "photos"} | {"num_photos": len(concept["photos"])}
@@ -140,6 +142,9 @@ def weights_config(settings: dict, step: int) -> dict:
         "modifier_tokens": settings["modifier_tokens"],
         "concepts": concepts,
         "steps": step,
-        "settings": settings | {"concepts": concepts},
+        "validation_prompt": validation_prompt,
+        "settings": settings
+        | {"concepts": concepts}
+        | {name: _wherever_called_from(settings[name]) for name in PLACES},
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
     }
