@@ -1,5 +1,7 @@
 """Merging: the paper's equations on random data, then whole folders."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from fake_concept import draw, make_concept, open_pipeline, run_tool
@@ -165,3 +167,23 @@ def test_different_base_models_are_refused(merged, tiny_model, tiny_v_model):
 def test_without_captions_sentences_are_made_of_the_classes(merged, tiny_model):
     captions = regularisation_captions([read_weights(merged / name) for name in ("cat", "pot")], [], 200)
     assert captions[:2] == ["a cat", "a wooden pot"] and len(set(captions)) == 2 * len(SENTENCES)
+
+
+def test_one_concept_twice_is_that_concept(merged, tiny_model):
+    """Its words come twice, with the same wish: once is enough, and nothing is ill-conditioned."""
+    reports = merge([merged / "cat", merged / "cat"], output=merged / "twice")
+    assert max(report.residual for report in reports.values()) < 1e-6
+    assert max(report.conditioning for report in reports.values()) < 1e10
+    pipe = open_pipeline(tiny_model)
+    load_custom_diffusion(pipe, merged / "twice")
+    once, twice = (draw(pipe, f"photo of a {token} cat") for token in ("<new1>", "<new2>"))
+    assert abs(once - twice).max() < 1
+
+
+def test_contradictory_wishes_are_refused(merged, tiny_model):
+    """The same words, embeddings and all, and weights that do different things with them."""
+    cat = read_weights(merged / "cat")
+    other = replace(cat, tensors={name: 1.1 * tensor for name, tensor in cat.tensors.items()})
+    with pytest.raises(InputError, match="'cat' and 'concept 2' want different things of the same words"):
+        merge([merged / "cat", other], output=merged / "never")
+    assert not (merged / "never").exists()

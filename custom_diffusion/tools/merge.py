@@ -106,7 +106,7 @@ def merge(
 
     from custom_diffusion.model.loading import base_tensors, empty_unet_for, load_text_encoder, load_tokenizer
     from custom_diffusion.model.source import base_of
-    from custom_diffusion.weights.constraints import merge_layers
+    from custom_diffusion.weights.constraints import Contradiction, distinct_words, merge_layers
     from custom_diffusion.weights.format import ConceptWeights, as_weights, write_weights
     from custom_diffusion.weights.low_rank import full_tensors
     from custom_diffusion.weights.text_features import add_tokens, concept_words
@@ -131,9 +131,17 @@ def merge(
     add_tokens(tokenizer, text_encoder, {token: row for part in parts for token, row in part.tokens.items()})
     ordinary = regularisation_captions(parts, captions, max_captions)
     words = [concept_words(tokenizer, text_encoder, part) for part in parts]
-    constraints = make_constraints(tokenizer, text_encoder, ordinary, words)
     base = base_tensors(source, parts[0].shapes())
-    tensors, reports = merge_layers(constraints, words, [full_tensors(part, base) for part in parts], base)
+    matrices = [full_tensors(part, base) for part in parts]
+    try:
+        words = distinct_words(words, matrices)
+    except Contradiction as error:
+        raise InputError(
+            f"weights: '{names[error.first]}' and '{names[error.second]}' want different things of the same words; are "
+            "they of one concept? Merge one of them"
+        ) from None
+    constraints = make_constraints(tokenizer, text_encoder, ordinary, words)
+    tensors, reports = merge_layers(constraints, words, matrices, base)
     merged = ConceptWeights(tensors, {t: row for part in parts for t, row in part.tokens.items()})
     merged.config = merged_config(names, source, parts, renamed)
     with whole_folder(Path(output)) as folder:

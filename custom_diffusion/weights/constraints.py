@@ -75,11 +75,46 @@ class Constraints:
         return merged, LayerReport(float(residual), float(moved.clamp(min=0).sqrt()), self.conditioning)
 
 
-def drop_equal_rows(rows: torch.Tensor, tolerance: float = 1e-5) -> torch.Tensor:
+class Contradiction(ValueError):
+    """Two concepts want different things of the same words. `first` and `second` are their numbers, from 0."""
+
+    def __init__(self, first: int, second: int):
+        super().__init__(f"concepts {first} and {second} want different things of the same words")
+        self.first, self.second = first, second
+
+
+def distinct_words(words: list[torch.Tensor], parts: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    """The rows of each concept's words without those that an earlier concept has too, and wants the same of.
+
+    Args:
+        words: C of each concept, (s_i, d). parts: each concept's matrices by name, (out, d).
+    Raises:
+        Contradiction: an earlier concept has such a row, but wants something else of it. Nothing can do both.
+    """
+    kept = []
+    for number, rows in enumerate(words):
+        known = {}  # index of a row -> number of the earlier concept that has it
+        for earlier, others in enumerate(words[:number]):
+            equal = _equal(rows.unsqueeze(1), others.unsqueeze(0)).any(dim=1)
+            known |= dict.fromkeys(equal.nonzero().flatten().tolist(), earlier)
+        for index, earlier in known.items():
+            wanted = [(parts[i][name].double() @ rows[index]) for name in parts[number] for i in (number, earlier)]
+            if not all(_equal(own, other) for own, other in zip(wanted[::2], wanted[1::2])):
+                raise Contradiction(earlier, number)
+        kept.append(rows[[index for index in range(len(rows)) if index not in known]])
+    return kept
+
+
+def _equal(rows, others, tolerance=1e-5):
+    """Whether vectors (..., d) differ by no more than float32 rounding."""
+    return (rows - others).norm(dim=-1) <= tolerance * others.norm(dim=-1)
+
+
+def drop_equal_rows(rows: torch.Tensor) -> torch.Tensor:
     """(s, d) -> those rows that differ from every earlier one by more than float32 rounding."""
     kept = []
     for row in rows:
-        if all((row - other).norm() > tolerance * other.norm() for other in kept):
+        if not any(_equal(row, other) for other in kept):
             kept.append(row)
     return torch.stack(kept)
 
