@@ -455,7 +455,9 @@ def training_losses(model, batch, encoder, noise_scheduler, prior_loss_weight):
 def log_step(accelerator, bar, report, output_dir):
     """Show a step's losses in the progress bar and the trackers. Raises RunStopped if they are not finite."""
     if not report.finite:
-        raise RunStopped(non_finite_message("loss", report.losses["loss"], report.step, output_dir))
+        loss = report.losses["loss"]
+        what, value = ("gradient", report.grad_norm) if math.isfinite(loss) else ("loss", loss)
+        raise RunStopped(non_finite_message(what, value, report.step, output_dir))
     bar.update(1)
     bar.set_postfix(loss=f"{report.losses['loss']:.4f}", lr=f"{report.lr:.3g}")
     values = {"lr": report.lr, "grad_norm": report.grad_norm, "steps_per_second": 1 / report.seconds}

@@ -78,7 +78,9 @@ class Run:
                     stdout=file, stderr=file, start_new_session=True,
                 )  # fmt: skip
         else:
-            self.process = _forkserver().Process(target=_run_script, args=(flags(**arguments), str(log), env or {}, changed_by))
+            self.process = _forkserver().Process(
+                target=_run_script, args=(flags(**arguments), str(log), env or {}, changed_by)
+            )
             self.process.start()
 
     @property

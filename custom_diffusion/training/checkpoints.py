@@ -174,7 +174,7 @@ def restore(stateful: dict, state: dict) -> None:
 def last_good(output_dir: Path) -> str:
     """How to go on from the newest whole checkpoint, as a sentence."""
     try:
-        checkpoint = read_latest_checkpoint(output_dir, logger.warning)
+        checkpoint = read_latest_checkpoint(output_dir, lambda _: None)  # whoever resumes will be warned
     except ValueError as error:
         return f"There is no checkpoint to go back to: {error}."
     if checkpoint is None:

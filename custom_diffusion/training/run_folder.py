@@ -72,7 +72,7 @@ def check_token_files(accelerator: Accelerator, output_dir: Path, tokens: list[s
     if accelerator.is_main_process:
         refused = [token for token in tokens if not can_hold(output_dir, f"{token}.safetensors")]
         if refused:
-            better = "+".join("".join(c for c in token if c.isalnum()) or "new1" for token in tokens)
+            better = "+".join(f"new{index + 1}" for index in range(len(tokens)))
             problem[0] = (
                 f"--modifier_token: the file system of '{output_dir}' cannot hold a file named "
                 f"'{refused[0]}.safetensors'; use --modifier_token {better}, in the prompts too"

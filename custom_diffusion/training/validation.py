@@ -43,8 +43,9 @@ class Validation:
         self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: PreTrainedTokenizerBase
     ) -> StableDiffusionPipeline:
         """A pipeline over the given modules, without a safety checker; its VAE is loaded only if images are drawn."""
+        vae = load_vae(self.source, self.dtype, self.accelerator.device, again=True) if self.num_images else None
         pipeline = StableDiffusionPipeline(
-            vae=load_vae(self.source, self.dtype, self.accelerator.device) if self.num_images else None,
+            vae=vae,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             unet=unet,
