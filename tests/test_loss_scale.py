@@ -49,7 +49,8 @@ def train(num_processes, arguments, log):
     if num_processes == 1:
         return launch.Run(launch.FORKED, arguments, log, changed_by=scale_gradients).ok()
     runs = launch.run_group(num_processes, arguments, log, changed_by=scale_gradients)
-    return [run.ok() for run in runs][0]
+    outputs = [run.ok() for run in runs]
+    return outputs[0]
 
 
 @pytest.mark.parametrize(
