@@ -51,10 +51,9 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
         OSError: the folder is there, but cannot be listed. A `glob` would find nothing in it.
     """
     try:
-        names = os.listdir(output_dir)
+        paths = list(output_dir.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
-    paths = [output_dir / name for name in names]
     return sorted((p for p in paths if checkpoint_step(p) >= 0 and not _is_file(p)), key=checkpoint_step)
 
 

@@ -244,6 +244,24 @@ def test_real_limits_of_a_name(tmp_path):
         path.touch()  # the longest name that it says fits, with all that is added to it while it is written
 
 
+def full():
+    """A file system without room for another file."""
+
+    def touch(self, *_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    Path.touch = touch
+
+
+def test_a_full_disk_ends_all_processes_in_one_line(run_arguments, tmp_path):
+    runs = launch.run_group(2, run_arguments | {"output_dir": tmp_path / "out"}, tmp_path / "log", changed_by=full)
+    assert [run.wait() for run in runs] == [2, 2]
+    (message,) = runs[0].messages
+    assert message.startswith("--output_dir: cannot write to ")
+    assert "No space left on device" in message
+    assert not any("Traceback" in run.output for run in runs)
+
+
 def test_a_folder_that_takes_nothing_is_not_blamed_on_the_name(tmp_path, monkeypatch):
     def touch(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
