@@ -1,6 +1,7 @@
 """What is done between two steps of training costs them neither time nor memory, and asks no server."""
 
 import functools
+import shutil
 import time
 import weakref
 
@@ -90,6 +91,26 @@ def test_between_validations_no_decoder_is_in_memory(cache_latents, run_argument
     assert set(counts) == {"0 decoders, 1 encoders"} | ({"0 decoders, 0 encoders"} if cache_latents else set())
     assert counts[-1] == f"0 decoders, {0 if cache_latents else 1} encoders"
     assert len(list((tmp_path / "out" / "samples").glob("*.png"))) == 4
+
+
+def remove_during_training(folder):
+    backward = Accelerator.backward
+
+    def remove_first(self, loss):
+        shutil.rmtree(folder, ignore_errors=True)
+        backward(self, loss)
+
+    Accelerator.backward = remove_first
+
+
+def test_a_model_that_goes_away_during_training_costs_images_only(run_arguments, tmp_path):
+    model = shutil.copytree(run_arguments["pretrained_model_name_or_path"], tmp_path / "model")
+    changes = DRAWING | {"pretrained_model_name_or_path": model, "output_dir": tmp_path / "out"}
+    change = functools.partial(remove_during_training, model / "vae")
+    output = launch.Run(launch.FORKED, run_arguments | changes, tmp_path / "log", changed_by=change).ok()
+    assert output.count("no images are drawn this time: --pretrained_model_name_or_path: ") == 3
+    assert "and read them back" in output
+    assert [path.name for path in (tmp_path / "out" / "samples").iterdir()] == ["step-000000-0.png"]
 
 
 def test_a_hub_that_goes_away_during_training_is_not_missed(run_arguments, tmp_path):
