@@ -134,15 +134,24 @@ def recover(output_dir: Path) -> None:
             part.unlink(missing_ok=True)
 
 
+def is_recoverable(path: Path) -> bool:
+    """Whether `recover` will put a folder there."""
+    return bool(_out_of_place(path.parent, glob.escape(path.name)))
+
+
 def _recover_places(folder, name):
     """Let the folders whose names match `name` be in their places again, the new one where there are two."""
-    for suffix in (READY, REPLACED):
-        for hidden in list(folder.glob(f".{name}{_RANDOM}{suffix}")):
-            path = _named_in(hidden)
-            if path.exists():  # killed before the old one made room, or after the new one took its place
-                shutil.rmtree(hidden, ignore_errors=True)
-            else:
-                hidden.replace(path)
+    for hidden in _out_of_place(folder, name):
+        path = _named_in(hidden)
+        if path.exists():  # killed before the old one made room, or after the new one took its place
+            shutil.rmtree(hidden, ignore_errors=True)
+        else:
+            hidden.replace(path)
+
+
+def _out_of_place(folder, name):
+    """Whole folders under hidden names, new ones first."""
+    return [path for suffix in (READY, REPLACED) for path in folder.glob(f".{name}{_RANDOM}{suffix}")]
 
 
 def _hidden(path, suffix):

@@ -140,7 +140,7 @@ def test_a_run_killed_between_two_renames_is_resumed(run_arguments, tmp_path, tr
     assert again.status == -signal.SIGKILL
     assert not list_checkpoints(tmp_path / "out")
 
-    resumed = launch.Run(launch.FORKED, arguments | {"resume_from_checkpoint": "latest"}, tmp_path / "log3").ok()
+    resumed = launch.Run(launch.FORKED, arguments | {"resume_from_checkpoint": "checkpoint-1"}, tmp_path / "log3").ok()
     assert "Resuming from checkpoint-1" in resumed
     assert trained_difference(tmp_path / "whole", tmp_path / "out") == 0
     assert not list((tmp_path / "out").glob(".*"))

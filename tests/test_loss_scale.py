@@ -28,6 +28,10 @@ def scale_gradients():
 def never_finite():
     """As above, on a model whose gradients are not finite whatever they are scaled by."""
     scale_gradients()
+    spoil_gradients()
+
+
+def spoil_gradients():
     backward = Accelerator.backward
     Accelerator.backward = lambda self, loss: backward(self, loss * math.nan)
 
@@ -86,6 +90,15 @@ def test_skipped_steps_do_not_count(changes, num_processes, arguments, tmp_path,
     assert trained_difference(tmp_path / "out", tmp_path / "resumed") == 0
     last = read_checkpoint(tmp_path / f"resumed/checkpoint-{NUM_STEPS}")
     assert (last.position, last.state["scaler"]) == (checkpoints[-1].position, checkpoints[-1].state["scaler"])
+
+
+def test_without_scaling_the_gradient_is_named_if_only_it_is_not_finite(run_arguments, tmp_path):
+    arguments = run_arguments | {"output_dir": tmp_path / "out"}
+    run = launch.run(launch.FORKED, arguments, tmp_path / "log", changed_by=spoil_gradients)
+    assert run.status == 1
+    (message,) = run.messages
+    assert "the gradient is nan at step 1; nothing of it was saved" in message
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
