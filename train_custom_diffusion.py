@@ -7,9 +7,11 @@ import os
 import signal
 import sys
 
+from custom_diffusion.cli.launcher import end_with_launcher
 from custom_diffusion.cli.training_flags import modifier_pairs, parse_args
 
 if __name__ == "__main__":
+    end_with_launcher()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins, Ctrl-C simply ends the process
     args, concepts = parse_args()  # before the imports that take seconds: `--help` and a wrong flag answer at once
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would announce that torchvision, unused, is missing
