@@ -16,7 +16,7 @@ from custom_diffusion.files import MANIFEST_NAME, STATE_NAME
 from custom_diffusion.weights.format import read_weights
 
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-SOON = 20  # seconds; nothing is waited for, but the machine may be busy
+SOON = 60  # seconds; nothing is waited for, but the machine may be busy
 
 
 @pytest.fixture(scope="module")
