@@ -492,7 +492,9 @@ if __name__ == "__main__":
     except ProcessLost as lost:
         end(lost)
     except RunStopped as stop:
-        end(stop, stop.status) if first else sys.exit(stop.status)
+        if first:
+            end(stop, stop.status)
+        sys.exit(stop.status)
     except RuntimeError as error:
         if not is_lost_process(error):
             raise
