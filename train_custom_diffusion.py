@@ -7,9 +7,11 @@ import os
 import signal
 import sys
 
+from custom_diffusion.cli.launcher import end_with_launcher
 from custom_diffusion.cli.training_flags import modifier_pairs, parse_args
 
 if __name__ == "__main__":
+    end_with_launcher()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins, Ctrl-C simply ends the process
     args, concepts = parse_args()  # before the imports that take seconds: `--help` and a wrong flag answer at once
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would announce that torchvision, unused, is missing
@@ -491,7 +493,9 @@ if __name__ == "__main__":
     except ProcessLost as lost:
         end(lost)
     except RunStopped as stop:
-        end(stop, stop.status) if first else sys.exit(stop.status)
+        if first:
+            end(stop, stop.status)
+        sys.exit(stop.status)
     except RuntimeError as error:
         if not is_lost_process(error):
             raise

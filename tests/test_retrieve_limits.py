@@ -8,11 +8,13 @@ import pytest
 import retrieval_server
 from PIL import Image
 from retrieval_server import RetrievalServer
+from tiny import make_pictures
 
 import retrieve
 from custom_diffusion.class_folder import CAPTIONS, PATHS, URLS, read_class_folder
 from custom_diffusion.retrieval import pictures
 from custom_diffusion.retrieval.pictures import Rejected, to_class_image
+from custom_diffusion.tools.merge import regularisation_captions
 
 # Whatever str.splitlines cuts at.
 SEPARATORS = [chr(c) for c in range(sys.maxunicode + 1) if len(f"a{chr(c)}b".splitlines()) > 1]
@@ -62,6 +64,19 @@ def test_a_caption_stays_one_line_with_any_separator_in_it(server, tmp_path):
     captions = [caption for _, caption in read_class_folder(tmp_path / "class")]
     assert captions == lists[1]
     assert captions.count("a cat on a mat") == len(SEPARATORS) < len(server.rows)
+
+
+OF_ONE_LINE = [separator for separator in SEPARATORS if separator not in "\r\n"]
+
+
+def test_a_caption_of_a_users_own_folder_may_have_separators_in_it(tmp_path):
+    captions = [f"a cat{separator}on a mat" for separator in OF_ONE_LINE]
+    assert {"\u2028", "\u2029", "\x0b", "\x0c", "\x85"} < set(OF_ONE_LINE)
+    make_pictures(tmp_path / "images", len(captions))
+    (tmp_path / PATHS).write_text("".join(f"images/{number}.jpg\n" for number in range(len(captions))))
+    (tmp_path / CAPTIONS).write_text("".join(f"{caption}\n" for caption in captions), encoding="utf-8")
+    assert [caption for _, caption in read_class_folder(tmp_path)] == captions
+    assert regularisation_captions([], [tmp_path], max_captions=100) == captions
 
 
 def encoded(width, height):

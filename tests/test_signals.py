@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import launch
 import pytest
@@ -15,7 +16,7 @@ from custom_diffusion.files import MANIFEST_NAME, STATE_NAME
 from custom_diffusion.weights.format import read_weights
 
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-SOON = 20  # seconds; nothing is waited for, but the machine may be busy
+SOON = 60  # seconds; nothing is waited for, but the machine may be busy
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,39 @@ def test_a_signal_while_a_checkpoint_is_read_ends_the_process(number, run_argume
 def open_files(process_id):
     listing = subprocess.run(["ls", "-l", f"/proc/{process_id}/fd"], capture_output=True, text=True, check=False)
     return listing.stdout
+
+
+def test_a_launcher_that_dies_while_the_script_is_imported_takes_it_along(run_arguments, tmp_path):
+    endless = run_arguments | {"output_dir": tmp_path / "out", "max_train_steps": 10000}
+    run = launch.Run(launch.ACCELERATE, endless, tmp_path / "log")
+    script = []
+
+    def importing():
+        listing = subprocess.run(["pgrep", "-P", str(run.process.pid)], capture_output=True, text=True, check=False)
+        for process in (f"/proc/{child}" for child in listing.stdout.split()):
+            is_script = "accelerate.commands" not in contents(f"{process}/cmdline")  # no longer a copy of the launcher
+            if is_script and "libtorch" in contents(f"{process}/maps"):
+                script.append(process)
+        return script
+
+    run.wait_for(importing)
+    assert script
+    run.send(signal.SIGTERM)
+    run.wait()
+    deadline = time.monotonic() + SOON
+    while contents(f"{script[0]}/cmdline") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = contents(f"{script[0]}/cmdline")
+    run.kill_group()
+    assert not left
+    assert not (tmp_path / "out").exists()
+
+
+def contents(file):
+    try:
+        return Path(file).read_text()
+    except OSError:  # the process is gone
+        return ""
 
 
 # After training

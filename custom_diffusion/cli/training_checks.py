@@ -65,8 +65,8 @@ def flag_problems(args: argparse.Namespace) -> list[str]:
 def _launch_problems(args):
     """What `accelerate launch` was configured to do and cannot be done."""
     problems = [
-        f"accelerate config: {name} splits models that are too large for one GPU, which this script has no need of and does "
-        "not support; choose no such plugin, or start it by `accelerate launch --multi_gpu`, on a single GPU by `python`"
+        f"accelerate config: {name} splits models that are too large for one GPU, which this script neither needs nor "
+        "supports; answer no to it, or start the script with `accelerate launch --multi_gpu`, on a single GPU with `python`"
         for variable, name in NOT_OFFERED.items()
         if os.environ.get(variable, "false").lower() == "true"
     ]

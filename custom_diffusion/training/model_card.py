@@ -11,7 +11,7 @@ from custom_diffusion.files import WEIGHTS_NAME
 
 # Flags whose values are places on the user's computer.
 PATH_FLAGS = ("instance_data_dir", "class_data_dir", "concepts_list", "output_dir", "logging_dir", "tokenizer_name",
-               "pretrained_model_name_or_path", "resume_from_checkpoint")  # fmt: skip
+              "pretrained_model_name_or_path", "resume_from_checkpoint")  # fmt: skip
 
 
 def is_local(model: str | None) -> bool:

@@ -1,6 +1,5 @@
 """Stopping a run, in all processes together: on SIGTERM or Ctrl-C, a non-finite loss, a full disk, or when one has died."""
 
-import ctypes
 import os
 import signal
 import sys
@@ -16,7 +15,6 @@ from tqdm.auto import tqdm
 from custom_diffusion.training.checkpoints import last_good
 
 LOST_PROCESS = "another process of this run has ended, or cannot be reached"
-_PR_SET_PDEATHSIG = 1
 
 
 class RunStopped(Exception):
@@ -57,11 +55,6 @@ class StopSignals:
     def __init__(self):
         self.received = 0
         self._interrupted = False
-        launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-        if sys.platform == "linux" and launched:
-            # `accelerate launch` dies of a SIGTERM without passing it on, and every launcher of a SIGKILL; the kernel
-            # then sends this process one.
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def remember(self) -> None:
         """From now on keep the first signal for later in `received`; a second Ctrl-C ends the process at once."""
