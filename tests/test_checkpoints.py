@@ -29,7 +29,7 @@ from custom_diffusion.training.checkpoints import (
 from custom_diffusion.training.settings import check_resumable
 from custom_diffusion.weights.format import ConceptWeights
 
-TENSORS = {"mid.attn2.to_k.weight": torch.arange(6.0).reshape(2, 3)}
+TENSORS = {f"mid.attn2.{p}.weight": torch.arange(6.0).reshape(2, 3) for p in ("to_k", "to_v")}
 
 
 @pytest.fixture(scope="module")
