@@ -12,7 +12,8 @@ import pytest
 from retrieval_server import RetrievalServer, body, encode, picture
 
 import retrieve
-from custom_diffusion.retrieval.candidates import SourceError, caption_matcher
+from custom_diffusion.retrieval.candidates import SourceError
+from custom_diffusion.retrieval.captions import ClassWords
 from custom_diffusion.retrieval.dataset import CaptionedDataset
 from custom_diffusion.retrieval.folder import read_class_folder
 
@@ -228,4 +229,4 @@ def test_an_unreachable_hub_is_explained(monkeypatch):
     ],
 )
 def test_whole_words_with_case_and_plural_folded(class_prompt, caption, matches):
-    assert caption_matcher(class_prompt)(caption) is matches
+    assert ClassWords(class_prompt).matches(caption) is matches

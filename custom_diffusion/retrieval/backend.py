@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit, urlunsplit
 
 from custom_diffusion.retrieval.candidates import Candidate, SourceError, is_web_url, one_line
+from custom_diffusion.retrieval.captions import ClassWords
+from custom_diffusion.retrieval.scan import NOT_WANTED, Scan
 
 LAION_URL = "https://knn.laion.ai/knn-service"  # the reference script's; gone since early 2024
 CONNECT_SECONDS = 6  # for an answer of any kind from the server, name look-up included
@@ -27,6 +29,8 @@ class KnnBackend:
         aesthetic_weight: 0 to 1; how far beautiful pictures are preferred (ignored by backends without that model).
         min_similarity: least CLIP similarity of a row to the class prompt, or None.
     """
+
+    is_own = False  # the index may be a copy of anybody's rows
 
     def __init__(self, url: str, indice_name: str, aesthetic_weight: float, min_similarity: float | None):
         self.url = _service_url(url)
@@ -55,7 +59,7 @@ class KnnBackend:
                 f"--indice_name: the backend at {self.url} has no index {self.indice_name!r}; it has: {has}"
             )
 
-    def candidates(self, class_prompt: str, num_missing: int) -> Iterator[Candidate]:
+    def candidates(self, wanted: ClassWords, num_missing: int, scan: Scan) -> Iterator[Candidate]:
         """Rows by falling similarity, asking for more as long as that brings new ones.
 
         The backend drops near-duplicates after its search, so a short answer does not mean that the index is exhausted.
@@ -67,17 +71,22 @@ class KnnBackend:
         num_images = max(math.ceil(1.5 * num_missing), 16)
         while True:
             new, below = 0, False
-            for row in self._query(class_prompt, num_images):
+            for row in self._query(wanted.prompt, num_images):
                 key = row.get("id", row.get("url"))
                 if isinstance(key, (list, dict)) or key in seen:
                     continue
                 seen.add(key)
                 new += 1
+                scan.reads(1)
                 if self.min_similarity is not None and not _similarity(row) >= self.min_similarity:
                     below = True
                     continue
-                if (candidate := _candidate(row, class_prompt)) is not None:
-                    yield candidate
+                if (candidate := _candidate(row, wanted.prompt)) is None:
+                    continue
+                if wanted.excludes(candidate.caption):
+                    scan.left_out[NOT_WANTED] += 1
+                    continue
+                yield candidate
             if not new or below or num_images >= MAX_NUM_IMAGES:
                 return
             num_images = min(2 * num_images, MAX_NUM_IMAGES)

@@ -5,7 +5,7 @@ import hashlib
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
@@ -15,6 +15,7 @@ from custom_diffusion.retrieval.download import Downloader
 from custom_diffusion.retrieval.pictures import Rejected, to_class_image
 from custom_diffusion.retrieval.writer import ClassFolder
 
+PROGRESS_SECONDS = 0.2
 SPARE_DOWNLOADS = 4  # beyond two for each picture still missing, so that slow hosts do not hold up the last ones
 
 
@@ -27,17 +28,27 @@ class Collector:
         min_size: least shorter side, pixels.
         num_workers: downloads at a time.
         timeout: seconds for one download.
+        allow_private: whether addresses on private networks may be asked.
     Attributes:
         reasons: how many candidates were turned down for what, all sources together.
         num_temporary: those of them that may do on another day.
     """
 
-    def __init__(self, folder: ClassFolder, num_class_images: int, min_size: int, num_workers: int, timeout: float):
+    def __init__(
+        self,
+        folder: ClassFolder,
+        num_class_images: int,
+        min_size: int,
+        num_workers: int,
+        timeout: float,
+        allow_private: bool,
+    ):
         self.folder = folder
         self.num_class_images = num_class_images
         self.min_size = min_size
         self.num_workers = num_workers
         self.timeout = timeout
+        self.allow_private = allow_private
         self.reasons = Counter()
         self.num_temporary = 0
         self.num_tried = 0
@@ -47,20 +58,31 @@ class Collector:
     def num_missing(self) -> int:
         return max(0, self.num_class_images - len(self.folder.rows))
 
-    def run(self, candidates: Iterator[Candidate], description: str):
+    def run(self, candidates: Iterator[Candidate], description: str, progress: Callable[[], dict]):
         """Take candidates until nothing is missing or none are left.
 
+        Args:
+            candidates: of the source.
+            description: of the progress bar.
+            progress: called a few times a second, never while an image is being kept; what more the bar is to show.
         Raises:
             SourceError: the source failed on the way; what was found before is kept.
         """
         with tqdm(total=self.num_class_images, initial=len(self.folder.rows), desc=description, unit="image") as bar:
-            asyncio.run(self._run(candidates, bar))
+            asyncio.run(self._run(candidates, bar, progress))
 
-    async def _run(self, candidates, bar):
+    async def _show(self, bar, progress):
+        while True:
+            bar.n = len(self.folder.rows)
+            bar.set_postfix(progress() | {"tried": self.num_tried, "kept": bar.n}, refresh=True)
+            await asyncio.sleep(PROGRESS_SECONDS)
+
+    async def _run(self, candidates, bar, progress):
         queue = _CandidateQueue(filter(self._is_new, candidates), size=2 * self.num_workers)
         pool = ThreadPoolExecutor(os.cpu_count() or 1)  # Pillow lets go of the interpreter lock while it decodes
         running, number = set(), 0
         self._turn = asyncio.Lock()  # one for each event loop
+        showing = asyncio.ensure_future(self._show(bar, progress))
         try:
             async with Downloader(self.timeout, self.num_workers) as downloader:
                 while self.num_missing:
@@ -73,11 +95,10 @@ class Collector:
                     done, running = await asyncio.wait(running, timeout=0.2, return_when=asyncio.FIRST_COMPLETED)
                     for _, candidate, outcome in sorted((task.result() for task in done), key=lambda result: result[0]):
                         self._take(candidate, outcome)
-                    bar.n = len(self.folder.rows)
-                    bar.set_postfix(tried=self.num_tried, refresh=True)
                 if self.num_missing and queue.error is not None:
                     raise queue.error
         finally:
+            running.add(showing)
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
