@@ -20,7 +20,7 @@ from custom_diffusion.retrieval.candidates import Source, SourceError
 from custom_diffusion.retrieval.captions import ClassWords, words
 from custom_diffusion.retrieval.columns import NSFW, TOO_SMALL, WATERMARK, Limits
 from custom_diffusion.retrieval.dataset import CaptionedDataset
-from custom_diffusion.retrieval.scan import Scan
+from custom_diffusion.retrieval.scan import NOT_WANTED, Scan
 
 DEFAULT_DATASET = "kakaobrain/coyo-700m"  # 747 million captions and URLs, open to everybody
 INDICE_NAME, AESTHETIC_WEIGHT = "laion_400m", 0.1  # the reference script's
@@ -290,7 +290,7 @@ def _was_read(source, scan):
     """How many rows a source had, and what was left out before anything was fetched."""
     if not scan.num_read:
         return ""
-    left_out = ", ".join(f"{count:,} {reason}" for reason, count in scan.left_out.most_common() if count)
+    left_out = ", ".join(f"{reason} ({count:,})" for reason, count in scan.left_out.most_common() if count)
     matched = f", {scan.num_matched:,} of them named the class" if isinstance(source, CaptionedDataset) else ""
     return f"{source.name}: {scan.num_read:,} rows read{matched}" + (f"; left out: {left_out}" if left_out else "")
 
@@ -332,7 +332,7 @@ def _too_few(wanted, class_data_dir, collector, scans, args):
         f"retrieve.py: {class_data_dir} has {len(collector.folder.rows)} of {args.num_class_images} images of {wanted.prompt!r}: "
         f"no more were to be had ({collector.num_tried} tried{'; ' + reasons if reasons else ''}). "
     )
-    unmatched = next((scan for scan in scans if scan.samples and not scan.num_matched), None)
+    unmatched = next((s for s in scans if s.samples and not s.num_matched and not s.left_out[NOT_WANTED]), None)
     if unmatched is not None:
         tips.insert(0, "--also with a word that its captions use")
         samples = "; ".join(repr(caption[:80]) for caption in unmatched.samples)

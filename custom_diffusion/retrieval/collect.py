@@ -70,11 +70,15 @@ class Collector:
         """
         with tqdm(total=self.num_class_images, initial=len(self.folder.rows), desc=description, unit="image") as bar:
             asyncio.run(self._run(candidates, bar, progress))
+            self._show(bar, progress)
 
-    async def _show(self, bar, progress):
+    def _show(self, bar, progress):
+        bar.n = len(self.folder.rows)
+        bar.set_postfix(progress() | {"tried": self.num_tried, "kept": bar.n}, refresh=True)
+
+    async def _keep_showing(self, bar, progress):
         while True:
-            bar.n = len(self.folder.rows)
-            bar.set_postfix(progress() | {"tried": self.num_tried, "kept": bar.n}, refresh=True)
+            self._show(bar, progress)
             await asyncio.sleep(PROGRESS_SECONDS)
 
     async def _run(self, candidates, bar, progress):
@@ -82,7 +86,7 @@ class Collector:
         pool = ThreadPoolExecutor(os.cpu_count() or 1)  # Pillow lets go of the interpreter lock while it decodes
         running, number = set(), 0
         self._turn = asyncio.Lock()  # one for each event loop
-        showing = asyncio.ensure_future(self._show(bar, progress))
+        showing = asyncio.ensure_future(self._keep_showing(bar, progress))
         try:
             async with Downloader(self.timeout, self.num_workers) as downloader:
                 while self.num_missing:

@@ -24,6 +24,7 @@ from custom_diffusion.retrieval.image_folder import ImageFolder, find_image_fold
 from custom_diffusion.retrieval.scan import BROKEN, NOT_WANTED, Scan
 from custom_diffusion.retrieval.tables import TableFile, read_csv, read_json_lines, read_json_list, read_parquet
 
+HUB_SECONDS = 6  # for the Hub to answer anything
 READERS = {  # suffix of a local file -> builder of `datasets`
     ".parquet": "parquet",
     ".csv": "csv",
@@ -82,7 +83,7 @@ class CaptionedDataset:
         if self._parts is not None:
             return
         if not self.is_own:
-            check_hub(self.name_or_path)
+            check_hub(self.name_or_path, HUB_SECONDS)
         try:
             parts = self._find_parts()
             self._columns = self._first_columns(parts)
@@ -114,7 +115,6 @@ class CaptionedDataset:
             row = offset = 0
         scan.reached([len(self._parts), 0, 0])
         for caption, url in ask_again:
-            scan.offers(caption, url, has_image=False)
             yield Candidate(caption, url)
         if failures:
             raise SourceError(failures[0])
@@ -318,12 +318,14 @@ def _table_file(name, kind, separator, names):
     elif kind == "csv":
         read = partial(read_csv, delimiter=separator, names=names)
     elif kind == "json":
-        with open_file() as file:
-            start = file.read(JSON_HEAD_BYTES).lstrip(b"\xef\xbb\xbf \t\r\n")
-        is_list = start.startswith(b"[")
-        if not is_list and name.lower().endswith(".json") and b"}" not in start.split(b"\n")[0]:
-            return None  # one object over many lines, whose values are columns
-        read = read_json_list if is_list else read_json_lines
+        read = read_json_lines
+        if _table_suffix(name) == ".json":
+            with open_file() as file:
+                start = file.read(JSON_HEAD_BYTES).lstrip(b"\xef\xbb\xbf \t\r\n")
+            if start.startswith(b"["):
+                read = read_json_list
+            elif b"}" not in start.split(b"\n")[0]:
+                return None  # one object over many lines, whose values are columns
     else:
         return None
     return TableFile(name, signature(name), open_file, read)

@@ -9,13 +9,12 @@ from custom_diffusion.retrieval.backend import within
 from custom_diffusion.retrieval.candidates import SourceError, one_line
 from custom_diffusion.retrieval.tables import RowsBatch
 
-HUB_SECONDS = 6  # for the Hub to answer anything
 KINDS = ("parquet", "csv", "json", "arrow", "webdataset", "imagefolder", "cache")  # others open what their rows name
 MARK_ROWS = 100  # between two places to go on from
 
 
-def check_hub(name: str):
-    """Make sure that the Hub answers.
+def check_hub(name: str, seconds: float):
+    """Make sure that the Hub answers within so many seconds.
 
     Raises:
         SourceError: it does not.
@@ -26,7 +25,7 @@ def check_hub(name: str):
     if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
         return  # `datasets` then looks into its cache only
     try:
-        within(HUB_SECONDS, lambda: httpx.get(f"{endpoint}/api/datasets/{name}", timeout=HUB_SECONDS))
+        within(seconds, lambda: httpx.get(f"{endpoint}/api/datasets/{name}", timeout=seconds))
     except (TimeoutError, httpx.HTTPError, httpx.InvalidURL, OSError) as error:
         raise SourceError(
             f"--dataset: {name!r} is no local file or folder, and the Hugging Face Hub cannot be reached "
@@ -45,7 +44,9 @@ def find_dataset(name: str, is_local: bool, kind: str | None = None):
         SourceError: it is none that can be opened, or a dataset of the Hub names files that are not its own.
     """
     import datasets
+    import huggingface_hub
 
+    huggingface_hub.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs whole tracebacks before it raises
     path = Path(name)

@@ -61,6 +61,8 @@ class Scan:
         self.num_read, self.num_matched = saved["num_read"], saved["num_matched"]
         self.left_out.update(saved["left_out"])
         self.samples = saved["samples"]
+        for caption, url in saved["ask_again"]:
+            self.offers(caption, url, has_image=False)
         return saved["place"], [(caption, url) for caption, url in saved["ask_again"]]
 
     def reads(self, num_rows: int, num_broken: int = 0):
