@@ -92,14 +92,14 @@ def test_however_often_it_is_killed_every_candidate_is_settled_once_and_few_rows
                     settled.add(done.url)
             if randomness.random() < 0.2:
                 scan.save(settled)
-            if randomness.random() < 0.02:
+            if randomness.random() < 0.06:
                 break  # killed
         else:
             settled.update(candidate.url for candidate in in_flight)
             scan.save(settled)
         if (tmp_path / "scans.json").exists():
             places.append(json.loads((tmp_path / "scans.json").read_text())["x"]["place"])
-    assert places == sorted(places) and len(set(map(tuple, places))) > 3
+    assert places == sorted(places) and len(set(map(tuple, places))) > 2
     scan = Scan(tmp_path, "x")
     assert list(CaptionedDataset(str(path)).candidates(ClassWords("cat"), 1, scan)) == []
     assert (scan.num_read, scan.num_matched) == (NUM_ROWS, len(CATS))

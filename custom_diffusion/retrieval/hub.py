@@ -109,12 +109,10 @@ class StreamedDataset:
         self._dataset = streams[chosen]
         files = (builder.config.data_files or {}).get(chosen, ())
         self.signature = [str(builder.config.name), chosen, [signature(str(file)) for file in files]]
-        self._image_columns = {
-            name for name, feature in (self._dataset.features or {}).items() if type(feature).__name__ == "Image"
-        }
-        for column in self._image_columns:
-            kind = type(self._dataset.features[column])
-            self._dataset = self._dataset.cast_column(column, kind(decode=False))
+        features = self._dataset.features or {}
+        self._image_columns = {column for column, feature in features.items() if type(feature).__name__ == "Image"}
+        if features:
+            self._dataset = self._dataset.decode(False)  # images are decoded once, with the others
 
     def batches(self, row: int, offset: int) -> Iterator["StreamedRow"]:
         """One batch for each row."""
