@@ -66,7 +66,7 @@ def write(path, kind, url="http://x"):
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     monkeypatch.setattr(tables, "BATCH_ROWS", 32)
-    monkeypatch.setattr(tables, "CSV_BATCH_ROWS", 32)
+    monkeypatch.setattr(tables, "CSV_BLOCK_BYTES", 1000)
     monkeypatch.setattr(tables, "JSON_BLOCK_BYTES", 2000)
 
 
