@@ -241,7 +241,6 @@ def _collect(wanted, folder, sources, args):
                 collector = Collector(
                     folder, args.num_class_images, args.min_size, args.num_workers, args.timeout, args.allow_private
                 )
-            collector.allow_private = args.allow_private or source.is_own
             scans.append((source, Scan(folder.state, source.name)))
             _collect_from(source, wanted, collector, scans[-1][1])
         except SourceError as error:
@@ -262,7 +261,7 @@ def _collect_from(source, wanted, collector, scan):
 
     try:
         candidates = source.candidates(wanted, collector.num_missing, scan)
-        collector.run(candidates, f"images of {wanted.prompt!r}", progress)
+        collector.run(candidates, f"images of {wanted.prompt!r}", progress, source.is_own)
     finally:
         scan.save(folder.tried)
         kept = folder.rows[num_before:]

@@ -35,8 +35,8 @@ class Source(Protocol):
 
     Attributes:
         name: what to call it in messages.
-        is_own: whether the user wrote its rows, on a disk of theirs; only then may they name local files and addresses on
-            private networks.
+        is_own: whether it is the user's, as a table on their disk or a service on their network; only then may its rows
+            name addresses on private networks. Known after `check`.
     """
 
     name: str

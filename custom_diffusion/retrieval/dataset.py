@@ -11,6 +11,7 @@ from custom_diffusion.retrieval.candidates import Candidate, SourceError, is_web
 from custom_diffusion.retrieval.captions import ClassWords, first_values
 from custom_diffusion.retrieval.columns import Limits, find_columns, texts_of
 from custom_diffusion.retrieval.hub import (
+    HUB_SECONDS,
     MARK_ROWS,
     StreamedDataset,
     check_hub,
@@ -24,7 +25,6 @@ from custom_diffusion.retrieval.image_folder import ImageFolder, find_image_fold
 from custom_diffusion.retrieval.scan import BROKEN, NOT_WANTED, Scan
 from custom_diffusion.retrieval.tables import TableFile, read_csv, read_json_lines, read_json_list, read_parquet
 
-HUB_SECONDS = 6  # for the Hub to answer anything
 READERS = {  # suffix of a local file -> builder of `datasets`
     ".parquet": "parquet",
     ".csv": "csv",

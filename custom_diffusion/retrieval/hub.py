@@ -9,6 +9,7 @@ from custom_diffusion.retrieval.backend import within
 from custom_diffusion.retrieval.candidates import SourceError, one_line
 from custom_diffusion.retrieval.tables import RowsBatch
 
+HUB_SECONDS = 6  # for the Hub to answer anything
 KINDS = ("parquet", "csv", "json", "arrow", "webdataset", "imagefolder", "cache")  # others open what their rows name
 MARK_ROWS = 100  # between two places to go on from
 
