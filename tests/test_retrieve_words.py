@@ -7,8 +7,8 @@ import unicodedata
 import pyarrow
 import pytest
 
-from custom_diffusion.retrieval.captions import MADE_ASCII, ClassWords
-from custom_diffusion.retrieval.plurals import IRREGULAR
+from custom_diffusion.retrieval.captions import MADE_ASCII, WITHOUT_SPACES, ClassWords, folded, words
+from custom_diffusion.retrieval.plurals import IRREGULAR, singular_forms
 
 
 @pytest.mark.parametrize(
@@ -54,10 +54,20 @@ def random_captions(randomness, number):
         yield unicodedata.normalize(randomness.choice(("NFC", "NFD", "NFKD")), text)
 
 
+def plainly_matches(prompt, caption):
+    """What the matcher is to say, without its short cuts."""
+    return all(
+        word in folded(caption)
+        if WITHOUT_SPACES.search(word)
+        else any(singular_forms(word) & singular_forms(other) for other in words(caption))
+        for word in words(prompt)
+    )
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_first_look_passes_all_that_the_matcher_takes(seed):
     randomness = random.Random(seed)
-    captions = list(random_captions(randomness, 3000))
+    captions = list(random_captions(randomness, 1000))
     prompts = [
         "cat", "cats", "boxes", "mouse", "people", "puppy", "knife", "fish", "wooden pot", "猫", "고양이", "แมว", "кот", "straße",
         "strasse", "iPhone猫", "y", "s", "1", "ant", "castle", "café", "σίσυφος", "quiz", "bus", "glass", "men", "die",
@@ -67,9 +77,10 @@ def test_the_first_look_passes_all_that_the_matcher_takes(seed):
         for wanted in (ClassWords(prompt), ClassWords("zebra", also=("kitten", prompt))):
             passed = wanted.may_match(pyarrow.array(captions)).to_pylist()
             matched = [wanted.matches(caption) for caption in captions]
+            assert matched == [plainly_matches(prompt, caption) for caption in captions], prompt
             assert not [c for c, p, m in zip(captions, passed, matched) if m and not p], prompt
             num_matches += sum(matched)
-    assert num_matches > 3000
+    assert num_matches > 1000
 
 
 def test_few_others_pass_the_first_look():

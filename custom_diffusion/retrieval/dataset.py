@@ -3,45 +3,23 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from custom_diffusion.retrieval.candidates import Candidate, SourceError, is_web_url, one_line
 from custom_diffusion.retrieval.captions import ClassWords, first_values
 from custom_diffusion.retrieval.columns import Limits, find_columns, texts_of
-from custom_diffusion.retrieval.hub import (
-    HUB_SECONDS,
-    MARK_ROWS,
-    StreamedDataset,
-    check_hub,
-    choose_split,
-    find_dataset,
-    first_line,
-    is_own_file,
-    signature,
-)  # fmt: skip
-from custom_diffusion.retrieval.image_folder import ImageFolder, find_image_folder
+from custom_diffusion.retrieval.hub import HUB_SECONDS, MARK_ROWS, check_hub, first_line, is_own_file
+from custom_diffusion.retrieval.image_folder import ImageFolder
+from custom_diffusion.retrieval.parts import find_parts
 from custom_diffusion.retrieval.scan import BROKEN, NOT_WANTED, Scan
-from custom_diffusion.retrieval.tables import TableFile, read_csv, read_json_lines, read_json_list, read_parquet
 
-READERS = {  # suffix of a local file -> builder of `datasets`
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".arrow": "arrow",
-    ".tar": "webdataset",
-}
-COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 NO_CAPTION = "rows without a caption"
 NO_COLUMNS = "rows without the columns"
 NO_IMAGE = "rows without a usable address or image"
 TAR_COLUMNS = ("__url__", "__key__")  # where a webdataset sample lies
 CHECKED_PARTS, CHECKED_BATCHES = 10, 20  # in which columns are looked for
-JSON_HEAD_BYTES = 100_000  # enough for the first line
+MAX_FAILED_PARTS = 3  # of a Hub dataset in one run: the Hub may be gone
 STATE_FORMAT = 1  # of what a scan's place and key mean
 
 
@@ -85,7 +63,7 @@ class CaptionedDataset:
         if not self.is_own:
             check_hub(self.name_or_path, HUB_SECONDS)
         try:
-            parts = self._find_parts()
+            parts = find_parts(self.name_or_path, self.is_own, self.split)
             self._columns = self._first_columns(parts)
         except SourceError:
             raise
@@ -113,6 +91,8 @@ class CaptionedDataset:
                 failures.append(f"{self.name}: reading it failed: {first_line(error)}")
                 scan.fails()
             row = offset = 0
+            if len(failures) == MAX_FAILED_PARTS and not self.is_own:
+                break
         scan.reached([len(self._parts), 0, 0])
         for caption, url in ask_again:
             yield Candidate(caption, url)
@@ -244,29 +224,6 @@ class CaptionedDataset:
         broken = f" that can be read ({num_broken} cannot)" if num_broken else ""
         raise failures[0] if failures else SourceError(f"--dataset: {self.name_or_path} has no rows{broken}")
 
-    def _find_parts(self):
-        """The files of the dataset, or what else yields its batches.
-
-        Raises:
-            SourceError: it cannot be opened, or has no such split.
-        """
-        name, path, kind = self.name_or_path, Path(self.name_or_path), None
-        if path.is_file():
-            suffix = _table_suffix(name)
-            if suffix not in READERS:
-                raise SourceError(f"--dataset: {path} must be a folder or end in one of {', '.join(READERS)}")
-            kind = READERS[suffix]
-            choose_split(["train"], self.split, name)
-            separator = "\t" if suffix == ".tsv" else ","
-            if (part := _table_file(name, kind, separator, None)) is not None:
-                return [part]
-        elif self.is_own and (images := find_image_folder(path)) is not None:
-            choose_split(["train"], self.split, name)
-            return [images]
-        builder = find_dataset(name, self.is_own, kind)
-        parts = _table_files(builder, self.split, name)
-        return parts or [StreamedDataset(name, builder, self.split)]
-
 
 def _matches(values, wanted, scan):
     """(index, caption) of the rows that name the class.
@@ -289,48 +246,3 @@ def _matches(values, wanted, scan):
         else:
             matched.append((index, one_line(caption)))
     return matched
-
-
-def _table_files(builder, split, name):
-    """The data files of a dataset of tables, or [] when one of them has no reader of ours."""
-    kind, config = type(builder).__module__.rsplit(".", 1)[-1], builder.config
-    if not config.data_files or getattr(config, "field", None) is not None:
-        return []
-    files = map(str, config.data_files[choose_split(config.data_files, split, name)])
-    separator, names = getattr(config, "sep", ","), getattr(config, "names", None)
-    parts = [_table_file(file, kind, separator, names) for file in files]
-    return [] if None in parts else parts
-
-
-def _table_file(name, kind, separator, names):
-    """A file with a reader of ours, or None."""
-    is_remote = "://" in name
-    if READERS.get(_table_suffix(name)) != kind or "::" in name:
-        return None
-    if name.lower().endswith(COMPRESSIONS) or is_remote:
-        import fsspec
-
-        open_file = partial(fsspec.open, name, "rb", compression="infer")
-    else:
-        open_file = partial(open, name, "rb")
-    if kind == "parquet":
-        read = partial(read_parquet, is_remote=is_remote)
-    elif kind == "csv":
-        read = partial(read_csv, delimiter=separator, names=names)
-    elif kind == "json":
-        read = read_json_lines
-        if _table_suffix(name) == ".json":
-            with open_file() as file:
-                start = file.read(JSON_HEAD_BYTES).lstrip(b"\xef\xbb\xbf \t\r\n")
-            if start.startswith(b"["):
-                read = read_json_list
-            elif b"}" not in start.split(b"\n")[0]:
-                return None  # one object over many lines, whose values are columns
-    else:
-        return None
-    return TableFile(name, signature(name), open_file, read)
-
-
-def _table_suffix(name):
-    """The suffix of a file's name that says what it holds, in lower case."""
-    return next((s for s in reversed(Path(name.lower()).suffixes) if s not in COMPRESSIONS), "")

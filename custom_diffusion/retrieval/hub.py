@@ -62,15 +62,19 @@ def find_dataset(name: str, is_local: bool, kind: str | None = None):
         raise SourceError(
             f"--dataset: {name!r} is neither a local dataset nor one of the Hub that can be opened: {first_line(error)}"
         ) from error
-    kind = type(builder).__module__.rsplit(".", 1)[-1]
     if not is_local:
         files = [file for files in (builder.config.data_files or {}).values() for file in files]
         foreign = [file for file in files if not is_own_file(name, str(file))]
         if foreign:
             raise SourceError(f"--dataset: {name} wants to read {foreign[0]}, which is no file of its own; refused")
-    if kind not in KINDS:
-        raise SourceError(f"--dataset: {name} is of the kind {kind!r}; only tables and images can be used")
+    if kind_of(builder) not in KINDS:
+        raise SourceError(f"--dataset: {name} is of the kind {kind_of(builder)!r}; only tables and images can be used")
     return builder
+
+
+def kind_of(builder) -> str:
+    """What a builder of `datasets` reads, as `load_dataset` names it."""
+    return type(builder).__module__.rsplit(".", 1)[-1]
 
 
 def is_own_file(name: str, address: str) -> bool:

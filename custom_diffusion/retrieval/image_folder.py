@@ -6,10 +6,9 @@ from pathlib import Path
 from custom_diffusion.retrieval.candidates import SourceError
 from custom_diffusion.retrieval.captions import ClassWords
 from custom_diffusion.retrieval.hub import signature
-from custom_diffusion.retrieval.tables import RowsBatch
+from custom_diffusion.retrieval.tables import KINDS_BY_SUFFIX, RowsBatch
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-TABLE_SUFFIXES = {".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".arrow", ".tar"}
 
 
 class ImageFolder:
@@ -58,7 +57,7 @@ def find_image_folder(folder: Path) -> ImageFolder | None:
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         return None
-    tables = [path for path in files if path.suffix.lower() in TABLE_SUFFIXES]
+    tables = [path for path in files if path.suffix.lower() in KINDS_BY_SUFFIX]
     found = ImageFolder(folder, images)
     if tables and not found.has_captions:
         raise SourceError(

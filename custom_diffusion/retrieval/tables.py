@@ -11,6 +11,16 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
+KINDS_BY_SUFFIX = {  # of a file -> builder of `datasets`
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".arrow": "arrow",
+    ".tar": "webdataset",
+}
 BATCH_ROWS = 65_536
 IMAGE_BATCH_ROWS = 16  # of a column with whole image files
 CSV_BLOCK_BYTES = 1_000_000
