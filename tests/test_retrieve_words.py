@@ -42,7 +42,7 @@ def random_captions(randomness, number):
     pieces = [
         *IRREGULAR, *IRREGULAR.values(), "cat", "Cats", "scat", "category", "puppies", "PUPPY", "boxes", "bus", "glasses", "pot", "wooden",
         "ＣＡＴ", "ﬁsh", "ｋｎｉｖｅｓ", "ªnt", "𝒄𝒂𝒕", "Ⓒat", "caſtle", "\u212anife", "cat\u0301", "straße", "STRASSE", "cafe\u0301", "café",
-        "猫", "黒い", "고양이", "가", "แมว", "ผู้", "кот", "КОТЫ", "बिल्ली", "ΣΊΣΥΦΟΣ", "\ufb03", "🐈", "1", "２",
+        "firemen", "bookshelves", "猫", "黒い", "고양이", "가", "แมว", "ผู้", "кот", "КОТЫ", "बिल्ली", "ΣΊΣΥΦΟΣ", "\ufb03", "🐈", "1", "２",
     ]  # fmt: skip
     joints = ["", " ", "-", "_", "'", "\u2019", ", ", "\u00a0", "s", "S ", "es", "\u200d", "\n", "。"]
     for _ in range(number):
@@ -70,7 +70,7 @@ def test_the_first_look_passes_all_that_the_matcher_takes(seed):
     captions = list(random_captions(randomness, 1000))
     prompts = [
         "cat", "cats", "boxes", "mouse", "people", "puppy", "knife", "fish", "wooden pot", "猫", "고양이", "แมว", "кот", "straße",
-        "strasse", "iPhone猫", "y", "s", "1", "ant", "castle", "café", "σίσυφος", "quiz", "bus", "glass", "men", "die",
+        "strasse", "iPhone猫", "fireman", "bookshelf", "y", "s", "1", "ant", "castle", "café", "σίσυφος", "quiz", "bus", "glass", "men", "die",
     ]  # fmt: skip
     num_matches = 0
     for prompt in prompts:
