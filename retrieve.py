@@ -1,9 +1,9 @@
 """Fetch real images of a class, with their captions, for `--with_prior_preservation --real_prior`.
 
     python retrieve.py --class_prompt cat --class_data_dir real_reg/samples_cat --num_class_images 200
-    python retrieve.py --concepts_list concept_list.json --dataset my_captioned_pictures/
+    python retrieve.py --concepts_list concept_list.json --dataset my_captioned_images/
 
-Writes <class_data_dir>/images/N.jpg, caption.txt, urls.txt and images.txt: line i of each belongs to picture i.
+Writes <class_data_dir>/images/N.jpg, caption.txt, urls.txt and images.txt: line i of each belongs to image i.
 """
 
 import argparse
@@ -54,14 +54,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--split", help="of the dataset (default: train)")
     add("--caption_column", help="of the dataset (default: detected, as are the next two)")
     column = parser.add_mutually_exclusive_group()
-    column.add_argument("--url_column", help="column with addresses of pictures")
-    column.add_argument("--image_column", help="column with the pictures themselves")
+    column.add_argument("--url_column", help="column with addresses of images")
+    column.add_argument("--image_column", help="column with the images themselves")
     add(
         "--min_size",
         type=int,
         default=256,
         metavar="PIXELS",
-        help="least shorter side of a picture (default: %(default)s)",
+        help="least shorter side of an image (default: %(default)s)",
     )
     add(
         "--also", action="append", default=[], metavar="WORD", help="another name of the class: kitten; may be repeated"
@@ -90,7 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=float,
         default=10,
         metavar="SECONDS",
-        help="for one picture, all in all (default: %(default)s)",
+        help="for one image, all in all (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     for problem in _problems(args):
@@ -306,7 +306,7 @@ def _nothing_reached(failures, args):
     return (
         f"LAION's public retrieval service has been gone since early 2024, and {DEFAULT_DATASET} on the Hugging Face Hub "
         "cannot be reached from here either. Two commands that work:\n"
-        f"  python retrieve.py {what} --dataset FILE_OR_FOLDER_OF_CAPTIONED_PICTURES\n"
+        f"  python retrieve.py {what} --dataset FILE_OR_FOLDER_OF_CAPTIONED_IMAGES\n"
         f"  python retrieve.py {what} --client_url http://localhost:1234/knn-service --indice_name NAME\n"
         "README.md shows under 'Class images' how to prepare either. In detail: " + "; ".join(failures)
     )
