@@ -9,6 +9,7 @@ separated these less well, and would bring SciPy.
 import base64
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 HASH_SIDE = 16
@@ -18,6 +19,7 @@ MAX_SHARE_OF_BITS = (
 MIN_BITS = 100  # set in either hash; fewer are an outline on flat ground, which different things share
 MAX_CELL_DIFFERENCE = 20  # of 255; copies of photos: up to 20, different ones with like hashes from 21
 CELLS = (16, 16)
+NUM_BITS = np.array([number.bit_count() for number in range(256)], np.uint16)  # set in a byte
 
 
 class Look(NamedTuple):
@@ -50,8 +52,8 @@ def look_of(image: Image.Image) -> Look:
     """Args: image: RGB."""
     import dhash
 
-    # Averaging by a whole number first costs little and changes both measures less than a JPEG does.
-    image = image.reduce(max(1, min(image.size) // 256))
+    # Averaging by a whole number first saves most of the time, and changes both measures less than a JPEG does.
+    image = image.reduce(max(1, min(image.size) // 64))
     side = HASH_SIDE + 1
     grey = image.convert("L").resize((side, side), Image.Resampling.LANCZOS)
     return Look(
@@ -59,8 +61,28 @@ def look_of(image: Image.Image) -> Look:
     )
 
 
-def shows_again(look: Look, seen: list[Look]) -> bool:
-    """Whether one of the images seen is a copy."""
-    bits, most = look.bits, MAX_SHARE_OF_BITS * 2 * HASH_SIDE**2
-    # One bound that needs no counting of `either` leaves few for the whole comparison.
-    return any(look.is_copy_of(other) for other in seen if (bits ^ other.bits).bit_count() <= most)
+class Looks:
+    """Looks seen, to ask whether a new one is a copy of any."""
+
+    def __init__(self):
+        self._looks = []
+        self._bits = np.empty((64, 2 * HASH_SIDE**2 // 8), np.uint8)  # a row for each hash, and room for more
+
+    def add(self, look: Look):
+        """Remember a look."""
+        number = len(self._looks)
+        if number == len(self._bits):
+            self._bits = np.concatenate([self._bits, np.empty_like(self._bits)])
+        self._bits[number] = _bytes_of(look)
+        self._looks.append(look)
+
+    def has_copy_of(self, look: Look) -> bool:
+        """Whether one that was seen is a copy."""
+        differing = NUM_BITS[self._bits[: len(self._looks)] ^ _bytes_of(look)].sum(1)
+        # One bound for all leaves few for the whole comparison.
+        near = np.flatnonzero(differing <= MAX_SHARE_OF_BITS * 2 * HASH_SIDE**2)
+        return any(look.is_copy_of(self._looks[number]) for number in near)
+
+
+def _bytes_of(look):
+    return np.frombuffer(look.bits.to_bytes(2 * HASH_SIDE**2 // 8, "big"), np.uint8)

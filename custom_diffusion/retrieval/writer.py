@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from custom_diffusion.retrieval.folder import ADDED, CAPTIONS, PATHS, STATE_DIR, URLS, find_picture, read_list
-from custom_diffusion.retrieval.looks import Look
+from custom_diffusion.retrieval.looks import Look, Looks
 from custom_diffusion.retrieval.pictures import TOO_SMALL, Rejected, to_class_image
 
 # Of all images, those that are added before the lists are written anew. Writing them for each image would take time that
@@ -29,7 +29,7 @@ class ClassFolder:
         rows: (path as `images.txt` has it, caption, URL) of each picture that counts.
         dropped: lines of `images.txt` whose picture is gone or does not decode; they leave the lists at `open`.
         tried: URLs not to ask for again: kept, removed by the user, or turned down for good.
-        fingerprints: SHA-256 of the files and of the pixels seen so far.
+        fingerprints: SHA-256 of the files seen so far, as they came and as they are kept.
         looks: of the images seen so far.
     """
 
@@ -50,7 +50,7 @@ class ClassFolder:
         self._load()
 
     def _load(self):
-        self.rows, self.dropped, self.tried, self.fingerprints, self.looks = [], [], set(), set(), []
+        self.rows, self.dropped, self.tried, self.fingerprints, self.looks = [], [], set(), set(), Looks()
         self.journal = self._read_journal()
         kept = {entry["name"]: entry for entry in self.journal if entry.get("name") and entry.get("look")}
         for entry in self.journal:
@@ -58,7 +58,7 @@ class ClassFolder:
                 self.tried.add(entry["url"])
             self.fingerprints.update(entry.get("fingerprints", ()))
             if entry.get("look"):
-                self.looks.append(entry["look"])
+                self.looks.add(entry["look"])
         for line, caption, url in self._read_lists():
             found = find_picture(self.path, line)
             if found is not None and found.parent == self.path / "images":
@@ -68,7 +68,7 @@ class ClassFolder:
             elif found is not None and (seen := _look_at(found)) is not None:
                 self.rows.append((line, caption, url))
                 self.fingerprints.update(seen[0])
-                self.looks.append(seen[1])
+                self.looks.add(seen[1])
             else:
                 self.dropped.append(line)
             self.tried.add(url)
@@ -158,7 +158,7 @@ class ClassFolder:
         Args:
             jpeg: the file to write.
             caption, url: one line each.
-            fingerprints: SHA-256 of the downloaded file and of the pixels.
+            fingerprints: SHA-256 of the file as it came and as it is kept.
             look: what it looks like.
         """
         number = len(self.rows)
@@ -176,7 +176,7 @@ class ClassFolder:
         part.replace(self.path / name)
         self.rows.append((name, caption, url))
         self.fingerprints.update(fingerprints)
-        self.looks.append(look)
+        self.looks.add(look)
         self._append_last()
         if len(self.rows) - self._num_listed >= ADDED_SHARE * len(self.rows):
             self._commit()
