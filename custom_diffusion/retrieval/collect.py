@@ -194,7 +194,12 @@ class _Pass:
             and self.num_looking_up < LOOKUPS_PER_WORKER * self._limit
             and self.hosts.num_waiting < MAX_WAITING
             and len(self.brought) < MAX_BROUGHT
-            and (feed.has_ready and self.num_fetching + self.hosts.num_expected() < enough)
+            and feed.has_ready
+            # The first sum is never less, and costs nothing.
+            and (
+                self.num_fetching + self.hosts.num_waiting < enough
+                or self.num_fetching + self.hosts.num_expected() < enough
+            )
         ):
             candidate = feed.get()
             self.num_taken += 1

@@ -19,7 +19,6 @@ MAX_SHARE_OF_BITS = (
 MIN_BITS = 100  # set in either hash; fewer are an outline on flat ground, which different things share
 MAX_CELL_DIFFERENCE = 20  # of 255; copies of photos: up to 20, different ones with like hashes from 21
 CELLS = (16, 16)
-NUM_BITS = np.array([number.bit_count() for number in range(256)], np.uint16)  # set in a byte
 
 
 class Look(NamedTuple):
@@ -66,23 +65,25 @@ class Looks:
 
     def __init__(self):
         self._looks = []
-        self._bits = np.empty((64, 2 * HASH_SIDE**2 // 8), np.uint8)  # a row for each hash, and room for more
+        self._quarters = np.empty((64, 12), np.int16)  # a row for each look, and room for more
 
     def add(self, look: Look):
         """Remember a look."""
         number = len(self._looks)
-        if number == len(self._bits):
-            self._bits = np.concatenate([self._bits, np.empty_like(self._bits)])
-        self._bits[number] = _bytes_of(look)
+        if number == len(self._quarters):
+            self._quarters = np.concatenate([self._quarters, np.empty_like(self._quarters)])
+        self._quarters[number] = _quarters_of(look)
         self._looks.append(look)
 
     def has_copy_of(self, look: Look) -> bool:
         """Whether one that was seen is a copy."""
-        differing = NUM_BITS[self._bits[: len(self._looks)] ^ _bytes_of(look)].sum(1)
-        # One bound for all leaves few for the whole comparison.
-        near = np.flatnonzero(differing <= MAX_SHARE_OF_BITS * 2 * HASH_SIDE**2)
+        # Where no cell differs by more, no mean of cells does (1 for rounding): that leaves few for the whole comparison.
+        distances = np.abs(self._quarters[: len(self._looks)] - _quarters_of(look))
+        near = np.flatnonzero((distances <= MAX_CELL_DIFFERENCE + 1).all(1))
         return any(look.is_copy_of(self._looks[number]) for number in near)
 
 
-def _bytes_of(look):
-    return np.frombuffer(look.bits.to_bytes(2 * HASH_SIDE**2 // 8, "big"), np.uint8)
+def _quarters_of(look):
+    """Mean colours of the four quarters of an image: (12,)."""
+    cells = np.frombuffer(look.cells, np.uint8).reshape(2, CELLS[1] // 2, 2, CELLS[0] // 2, 3)
+    return cells.mean((1, 3)).astype(np.int16).ravel()

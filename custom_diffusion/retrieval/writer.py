@@ -8,8 +8,10 @@
     lock            held while a process fills the folder
 """
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -45,6 +47,8 @@ class ClassFolder:
         self.state = self.path / STATE_DIR
         self.min_size = min_size
         self.lock = None
+        self._journal_file = AppendedFile(self.state / "journal.jsonl")
+        self._added_file = AppendedFile(self.state / ADDED)
         self._unsettled = False
         self._num_listed = 0  # images in the three lists themselves
         self._load()
@@ -120,6 +124,8 @@ class ClassFolder:
             if self._unsettled:
                 self._settle()
         finally:
+            self._journal_file.close()
+            self._added_file.close()
             if self.lock is not None:
                 self.lock.close()
 
@@ -183,9 +189,7 @@ class ClassFolder:
 
     def _append_last(self):
         """Add the last row to what belongs at the end of the lists."""
-        line = json.dumps([len(self.rows) - 1, *self.rows[-1]])
-        with (self.state / ADDED).open("ab") as file:
-            file.write(b"\n" + line.encode())
+        self._added_file.append([len(self.rows) - 1, *self.rows[-1]])
 
     def turn_down(self, url: str, reason: str):
         """Remember a candidate that will never do."""
@@ -193,9 +197,7 @@ class ClassFolder:
 
     def _journal(self, **entry):
         self.tried.add(entry["url"])
-        with (self.state / "journal.jsonl").open("ab") as file:
-            # The newline comes first: a line that a kill cut short then does not swallow this one.
-            file.write(b"\n" + json.dumps(entry).encode())
+        self._journal_file.append(entry)
 
     def _commit(self):
         """Replace the three lists, in one step for readers that go through folder.py."""
@@ -208,11 +210,35 @@ class ClassFolder:
         self._num_listed = len(self.rows)
 
     def _move_lists(self):
+        self._added_file.close()
         (self.state / ADDED).unlink(missing_ok=True)  # the staged lists have it
         for name in (CAPTIONS, URLS, PATHS):
             if (self.state / "lists" / name).exists():
                 (self.state / "lists" / name).replace(self.path / name)
         shutil.rmtree(self.state / "lists")
+
+
+class AppendedFile:
+    """A file of JSON lines that is only ever added to; it stays open between lines, and is made with the first."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = None
+
+    def append(self, value):
+        """Add a line, at once."""
+        if self._file is None:
+            self._file = self.path.open("ab", buffering=0)
+        # The newline comes first: a line that a kill cut short then does not swallow this one.
+        line = b"\n" + json.dumps(value).encode()
+        if self._file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    def close(self):
+        """Let go of the file; the next line opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def _look_at(path: Path) -> tuple[tuple[str, str], Look] | None:
