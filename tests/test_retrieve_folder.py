@@ -7,7 +7,7 @@ from retrieval_server import body
 
 from custom_diffusion.retrieval.folder import read_class_folder
 from custom_diffusion.retrieval.pictures import to_class_image
-from custom_diffusion.retrieval.writer import ClassFolder
+from custom_diffusion.retrieval.writer import AppendedFile, ClassFolder
 
 
 def add(folder, n):
@@ -90,6 +90,8 @@ def test_killed_before_any_single_step_nothing_is_lost_or_misaligned(tmp_path, m
 
         for name in steps:
             monkeypatch.setattr(Path, name, dying(name))
+        originals["append"] = AppendedFile.append
+        monkeypatch.setattr(AppendedFile, "append", dying("append"))
         try:
             add(folder, 2)
             folder.close()

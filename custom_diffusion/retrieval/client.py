@@ -38,6 +38,7 @@ class Client:
     def __init__(self, seconds: float, allow_private: bool):
         self.seconds = seconds
         self.allow_private = allow_private
+        self._proxies = urllib.request.getproxies()
         self._tls = httpx.create_ssl_context()  # the certificates that the Hub is asked with, SSL_CERT_FILE included
         self._resolvers = {public_only: Resolver(seconds, public_only) for public_only in (True, False)}
         # Two sessions: a connection that one request may use is not lent to one that may not.
@@ -70,7 +71,7 @@ class Client:
     async def look_up(self, url: str, may_be_private: bool):
         """Find the addresses of a host, so that a request to it need not wait for that. Raises Rejected."""
         host, _ = host_and_port(url)
-        if _proxy_for(url, host) is None:
+        if self._proxy_for(url, host) is None:
             await self._resolvers[not (self.allow_private or may_be_private)].addresses(host)
 
     async def request(
@@ -122,7 +123,7 @@ class Client:
     async def _open(self, method, url, may_be_private, accept, json):
         host, _ = host_and_port(url)
         public_only = not (self.allow_private or may_be_private)
-        proxy = _proxy_for(url, host)
+        proxy = self._proxy_for(url, host)
         if proxy is not None:
             await self._check_for_proxy(host, public_only)
             public_only = False  # the proxy itself is on a private network
@@ -141,6 +142,11 @@ class Client:
         except Rejected as rejected:
             if str(rejected) == PRIVATE:
                 raise
+
+    def _proxy_for(self, url, host):
+        """The proxy that the environment names for an address, or None."""
+        proxy = self._proxies.get(url.partition(":")[0].lower()) or self._proxies.get("all")
+        return None if not proxy or not proxy.startswith("http") or urllib.request.proxy_bypass(host) else proxy
 
     async def is_private(self, url: str) -> bool:
         """Whether an address leads to a private network only."""
@@ -164,10 +170,3 @@ async def _read(response, max_bytes):
         if len(body) > max_bytes:
             raise Rejected("more bytes than allowed")
     return bytes(body)
-
-
-def _proxy_for(url, host):
-    """The proxy that the environment names for an address, or None."""
-    proxies = urllib.request.getproxies()
-    proxy = proxies.get(url.partition(":")[0].lower()) or proxies.get("all")
-    return None if not proxy or not proxy.startswith("http") or urllib.request.proxy_bypass(host) else proxy

@@ -16,7 +16,6 @@ from custom_diffusion.retrieval.candidates import Candidate
 from custom_diffusion.retrieval.client import NoAnswer
 from custom_diffusion.retrieval.download import Downloader
 from custom_diffusion.retrieval.hosts import Hosts
-from custom_diffusion.retrieval.looks import shows_again
 from custom_diffusion.retrieval.pictures import Rejected, to_class_image
 from custom_diffusion.retrieval.writer import ClassFolder
 
@@ -130,7 +129,7 @@ class Collector:
             # Of what was kept before, or while this one was on its way.
             if not self.folder.fingerprints.isdisjoint(fingerprints):
                 outcome = Rejected("duplicate")
-            elif shows_again(look, self.folder.looks):
+            elif self.folder.looks.has_copy_of(look):
                 outcome = Rejected("near-duplicate")
         if not isinstance(outcome, Rejected):
             self.folder.add(jpeg, candidate.caption, candidate.url, fingerprints, look)
@@ -199,7 +198,12 @@ class _Pass:
             and self.num_looking_up < LOOKUPS_PER_WORKER * self._limit
             and self.hosts.num_waiting < MAX_WAITING
             and len(self.brought) < MAX_BROUGHT
-            and (feed.has_ready and self.num_fetching + self.hosts.num_expected() < enough)
+            and feed.has_ready
+            # The first sum is never less, and costs nothing.
+            and (
+                self.num_fetching + self.hosts.num_waiting < enough
+                or self.num_fetching + self.hosts.num_expected() < enough
+            )
         ):
             candidate = feed.get()
             self.num_taken += 1
@@ -265,7 +269,7 @@ class _Pass:
         return candidate.picture
 
     async def _outcome(self, candidate, encoded):
-        """(JPEG, fingerprints of file and pixels, look) or Rejected, whatever goes wrong.
+        """(JPEG, fingerprints, look) or Rejected, whatever goes wrong.
 
         Args:
             encoded: coroutine of the file.
@@ -281,10 +285,10 @@ class _Pass:
         file_hash = hashlib.sha256(encoded).hexdigest()
         if file_hash in self.collector.folder.fingerprints:
             raise Rejected("duplicate")
-        jpeg, pixels, look = await asyncio.get_running_loop().run_in_executor(
+        jpeg, kept_hash, look = await asyncio.get_running_loop().run_in_executor(
             self.pool, to_class_image, encoded, self.collector.min_size
         )
-        return jpeg, (file_hash, pixels), look
+        return jpeg, (file_hash, kept_hash), look
 
     def _reject_given_up(self, place):
         reason, rows = self.hosts.take_given_up(place)

@@ -108,6 +108,7 @@ class Hosts:
 
     def _queue(self, name):
         host = self._hosts[name]
-        if host.is_found and host.waiting and host.num_running < MAX_PER_HOST and not (host.is_queued or host.given_up):
+        num_open = host.num_running if host.has_answered else host.num_running + host.num_silent
+        if host.is_found and host.waiting and num_open < MAX_PER_HOST and not (host.is_queued or host.given_up):
             heapq.heappush(self._turns, (host.waiting[0][0], name))
             host.is_queued = True

@@ -9,6 +9,7 @@ separated these less well, and would bring SciPy.
 import base64
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 HASH_SIDE = 16
@@ -50,8 +51,8 @@ def look_of(image: Image.Image) -> Look:
     """Args: image: RGB."""
     import dhash
 
-    # Averaging by a whole number first costs little and changes both measures less than a JPEG does.
-    image = image.reduce(max(1, min(image.size) // 256))
+    # Averaging by a whole number first saves most of the time, and changes both measures less than a JPEG does.
+    image = image.reduce(max(1, min(image.size) // 64))
     side = HASH_SIDE + 1
     grey = image.convert("L").resize((side, side), Image.Resampling.LANCZOS)
     return Look(
@@ -59,8 +60,30 @@ def look_of(image: Image.Image) -> Look:
     )
 
 
-def shows_again(look: Look, seen: list[Look]) -> bool:
-    """Whether one of the images seen is a copy."""
-    bits, most = look.bits, MAX_SHARE_OF_BITS * 2 * HASH_SIDE**2
-    # One bound that needs no counting of `either` leaves few for the whole comparison.
-    return any(look.is_copy_of(other) for other in seen if (bits ^ other.bits).bit_count() <= most)
+class Looks:
+    """Looks seen, to ask whether a new one is a copy of any."""
+
+    def __init__(self):
+        self._looks = []
+        self._quarters = np.empty((64, 12), np.int16)  # a row for each look, and room for more
+
+    def add(self, look: Look):
+        """Remember a look."""
+        number = len(self._looks)
+        if number == len(self._quarters):
+            self._quarters = np.concatenate([self._quarters, np.empty_like(self._quarters)])
+        self._quarters[number] = _quarters_of(look)
+        self._looks.append(look)
+
+    def has_copy_of(self, look: Look) -> bool:
+        """Whether one that was seen is a copy."""
+        # Where no cell differs by more, no mean of cells does (1 for rounding): that leaves few for the whole comparison.
+        distances = np.abs(self._quarters[: len(self._looks)] - _quarters_of(look))
+        near = np.flatnonzero((distances <= MAX_CELL_DIFFERENCE + 1).all(1))
+        return any(look.is_copy_of(self._looks[number]) for number in near)
+
+
+def _quarters_of(look):
+    """Mean colours of the four quarters of an image: (12,)."""
+    cells = np.frombuffer(look.cells, np.uint8).reshape(2, CELLS[1] // 2, 2, CELLS[0] // 2, 3)
+    return cells.mean((1, 3)).astype(np.int16).ravel()

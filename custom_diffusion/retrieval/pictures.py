@@ -43,14 +43,15 @@ def to_class_image(encoded: bytes, min_size: int) -> tuple[bytes, str, Look]:
         encoded: a file in one of `FORMATS`.
         min_size: least shorter side, pixels, of what is kept.
     Returns:
-        (JPEG file, hexadecimal SHA-256 of size and decoded RGB pixels, what it looks like).
+        (JPEG file, its hexadecimal SHA-256, which is the same for the same pixels; what it looks like).
     Raises:
         Rejected: not an image, damaged, too big or too small.
     """
     image = _decode(encoded, min_size)
-    jpeg = BytesIO()
-    image.save(jpeg, "JPEG", quality=JPEG_QUALITY)
-    return jpeg.getvalue(), pixel_hash(image), look_of(image)
+    file = BytesIO()
+    image.save(file, "JPEG", quality=JPEG_QUALITY, exif=b"")
+    jpeg = file.getvalue()
+    return jpeg, hashlib.sha256(jpeg).hexdigest(), look_of(image)
 
 
 def _decode(encoded, min_size):
@@ -107,12 +108,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         canvas = Image.new("RGB", image.size, "white")
         canvas.paste(image, mask=image.getchannel("A"))
         return canvas
-    return image.convert("RGB")
-
-
-def pixel_hash(image: Image.Image) -> str:
-    """SHA-256 of an RGB image's size and pixels."""
-    return hashlib.sha256(b"%dx%d:" % image.size + image.tobytes()).hexdigest()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 _room = threading.Condition()

@@ -8,13 +8,15 @@
     lock            held while a process fills the folder
 """
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 from custom_diffusion.retrieval.folder import ADDED, CAPTIONS, PATHS, STATE_DIR, URLS, find_picture, read_list
-from custom_diffusion.retrieval.looks import Look
+from custom_diffusion.retrieval.looks import Look, Looks
 from custom_diffusion.retrieval.pictures import TOO_SMALL, Rejected, to_class_image
 
 # Of all images, those that are added before the lists are written anew. Writing them for each image would take time that
@@ -29,7 +31,7 @@ class ClassFolder:
         rows: (path as `images.txt` has it, caption, URL) of each picture that counts.
         dropped: lines of `images.txt` whose picture is gone or does not decode; they leave the lists at `open`.
         tried: URLs not to ask for again: kept, removed by the user, or turned down for good.
-        fingerprints: SHA-256 of the files and of the pixels seen so far.
+        fingerprints: SHA-256 of the files seen so far, as they came and as they are kept.
         looks: of the images seen so far.
     """
 
@@ -45,12 +47,14 @@ class ClassFolder:
         self.state = self.path / STATE_DIR
         self.min_size = min_size
         self.lock = None
+        self._journal_file = AppendedFile(self.state / "journal.jsonl")
+        self._added_file = AppendedFile(self.state / ADDED)
         self._unsettled = False
         self._num_listed = 0  # images in the three lists themselves
         self._load()
 
     def _load(self):
-        self.rows, self.dropped, self.tried, self.fingerprints, self.looks = [], [], set(), set(), []
+        self.rows, self.dropped, self.tried, self.fingerprints, self.looks = [], [], set(), set(), Looks()
         self.journal = self._read_journal()
         kept = {entry["name"]: entry for entry in self.journal if entry.get("name") and entry.get("look")}
         for entry in self.journal:
@@ -58,7 +62,7 @@ class ClassFolder:
                 self.tried.add(entry["url"])
             self.fingerprints.update(entry.get("fingerprints", ()))
             if entry.get("look"):
-                self.looks.append(entry["look"])
+                self.looks.add(entry["look"])
         for line, caption, url in self._read_lists():
             found = find_picture(self.path, line)
             if found is not None and found.parent == self.path / "images":
@@ -68,7 +72,7 @@ class ClassFolder:
             elif found is not None and (seen := _look_at(found)) is not None:
                 self.rows.append((line, caption, url))
                 self.fingerprints.update(seen[0])
-                self.looks.append(seen[1])
+                self.looks.add(seen[1])
             else:
                 self.dropped.append(line)
             self.tried.add(url)
@@ -120,6 +124,8 @@ class ClassFolder:
             if self._unsettled:
                 self._settle()
         finally:
+            self._journal_file.close()
+            self._added_file.close()
             if self.lock is not None:
                 self.lock.close()
 
@@ -158,7 +164,7 @@ class ClassFolder:
         Args:
             jpeg: the file to write.
             caption, url: one line each.
-            fingerprints: SHA-256 of the downloaded file and of the pixels.
+            fingerprints: SHA-256 of the file as it came and as it is kept.
             look: what it looks like.
         """
         number = len(self.rows)
@@ -176,16 +182,14 @@ class ClassFolder:
         part.replace(self.path / name)
         self.rows.append((name, caption, url))
         self.fingerprints.update(fingerprints)
-        self.looks.append(look)
+        self.looks.add(look)
         self._append_last()
         if len(self.rows) - self._num_listed >= ADDED_SHARE * len(self.rows):
             self._commit()
 
     def _append_last(self):
         """Add the last row to what belongs at the end of the lists."""
-        line = json.dumps([len(self.rows) - 1, *self.rows[-1]])
-        with (self.state / ADDED).open("ab") as file:
-            file.write(b"\n" + line.encode())
+        self._added_file.append([len(self.rows) - 1, *self.rows[-1]])
 
     def turn_down(self, url: str, reason: str):
         """Remember a candidate that will never do."""
@@ -193,9 +197,7 @@ class ClassFolder:
 
     def _journal(self, **entry):
         self.tried.add(entry["url"])
-        with (self.state / "journal.jsonl").open("ab") as file:
-            # The newline comes first: a line that a kill cut short then does not swallow this one.
-            file.write(b"\n" + json.dumps(entry).encode())
+        self._journal_file.append(entry)
 
     def _commit(self):
         """Replace the three lists, in one step for readers that go through folder.py."""
@@ -208,11 +210,35 @@ class ClassFolder:
         self._num_listed = len(self.rows)
 
     def _move_lists(self):
+        self._added_file.close()
         (self.state / ADDED).unlink(missing_ok=True)  # the staged lists have it
         for name in (CAPTIONS, URLS, PATHS):
             if (self.state / "lists" / name).exists():
                 (self.state / "lists" / name).replace(self.path / name)
         shutil.rmtree(self.state / "lists")
+
+
+class AppendedFile:
+    """A file of JSON lines that is only ever added to; it stays open between lines, and is made with the first."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = None
+
+    def append(self, value):
+        """Add a line, at once."""
+        if self._file is None:
+            self._file = self.path.open("ab", buffering=0)
+        # The newline comes first: a line that a kill cut short then does not swallow this one.
+        line = b"\n" + json.dumps(value).encode()
+        if self._file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    def close(self):
+        """Let go of the file; the next line opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def _look_at(path: Path) -> tuple[tuple[str, str], Look] | None:
