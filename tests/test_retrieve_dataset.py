@@ -378,7 +378,7 @@ def test_a_dataset_of_the_hub_reads_no_file_of_ours(tmp_path, capsys, monkeypatc
         with DatasetHub(datasets) as hub:
             for name, value in hub.environment(tmp_path / "home").items():
                 monkeypatch.setenv(name, value)
-            said = {name: hub_run(tmp_path / name[2:], name) for name in list(datasets)[:3]}
+            said = {name: hub_run(tmp_path / name[2:], name, "--allow_private") for name in list(datasets)[:3]}
     for name in ("structs", "lines"):
         assert "1 of 20 images" in said[f"o/{name}"].stderr, said
         assert f"rows without a usable address or image ({len(named)})" in said[f"o/{name}"].stdout
@@ -416,7 +416,7 @@ def hub_run(folder, name, *flags):
         "--dataset",
         name,
     ]
-    command += ["--allow_private", "--num_class_images", "20", *flags]
+    command += ["--num_class_images", "20", *flags]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stdout + done.stderr
     return done
@@ -434,7 +434,10 @@ def test_tables_of_the_hub_are_read_like_local_ones(tmp_path, monkeypatch):
         with DatasetHub(datasets) as hub:
             for name, value in hub.environment(tmp_path / "home").items():
                 monkeypatch.setenv(name, value)
-            parquet, table, folder = (hub_run(tmp_path / name[2:], name) for name in datasets)
+            parquet, table, folder = (hub_run(tmp_path / name[2:], name, "--allow_private") for name in datasets)
+            server.requests.clear()
+            public = hub_run(tmp_path / "public", "o/parquet")
+        assert "0 of 20 images" in public.stderr and not server.requests
     assert "15 rows read, 9 of them named the class" in parquet.stdout and "9 of 20 images" in parquet.stderr
     assert "2 of 20 images" in folder.stderr
     assert "broken rows (1)" in table.stdout and "2 of 20 images" in table.stderr
