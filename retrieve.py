@@ -1,9 +1,9 @@
 """Fetch real images of a class, with their captions, for `--with_prior_preservation --real_prior`.
 
     python retrieve.py --class_prompt cat --class_data_dir real_reg/samples_cat --num_class_images 200
-    python retrieve.py --concepts_list concept_list.json --dataset my_captioned_pictures/
+    python retrieve.py --concepts_list concept_list.json --dataset my_captioned_images/
 
-Writes <class_data_dir>/images/N.jpg, caption.txt, urls.txt and images.txt: line i of each belongs to picture i.
+Writes <class_data_dir>/images/N.jpg, caption.txt, urls.txt and images.txt: line i of each belongs to image i.
 """
 
 import argparse
@@ -12,13 +12,21 @@ import os
 import shlex
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 from custom_diffusion.retrieval.backend import LAION_URL, KnnBackend, default_url
-from custom_diffusion.retrieval.candidates import SourceError, words
+from custom_diffusion.retrieval.candidates import Source, SourceError
+from custom_diffusion.retrieval.captions import ClassWords, words
+from custom_diffusion.retrieval.columns import NSFW, TOO_SMALL, WATERMARK, Limits
 from custom_diffusion.retrieval.dataset import CaptionedDataset
+from custom_diffusion.retrieval.scan import NOT_WANTED, Scan
 
 DEFAULT_DATASET = "kakaobrain/coyo-700m"  # 747 million captions and URLs, open to everybody
+INDICE_NAME, AESTHETIC_WEIGHT = "laion_400m", 0.1  # the reference script's
+MAX_NSFW = MAX_WATERMARK = 0.5
+SAVE_SECONDS = 2  # between two notes of how far a dataset has been read
+SHARE_WITHOUT_WORDS = 0.3  # of a backend's images; more may show something else
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,8 +43,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="instead of the two above: every concept's class of this list",
     )
     add("--client_url", help="clip-retrieval backend (default: $CLIP_RETRIEVAL_URL, else LAION's, gone since 2024)")
-    add("--indice_name", default="laion_400m", help="the backend's index (default: %(default)s)")
-    add("--aesthetic_weight", type=float, default=0.1, metavar="W", help="0 to 1; the backend's (default: %(default)s)")
+    add("--indice_name", help=f"the backend's index (default: {INDICE_NAME})")
+    add("--aesthetic_weight", type=float, metavar="W", help=f"0 to 1; the backend's (default: {AESTHETIC_WEIGHT})")
     add(
         "--min_similarity", type=float, metavar="S", help="least CLIP similarity of a backend's row to the class prompt"
     )
@@ -46,14 +54,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--split", help="of the dataset (default: train)")
     add("--caption_column", help="of the dataset (default: detected, as are the next two)")
     column = parser.add_mutually_exclusive_group()
-    column.add_argument("--url_column", help="column with addresses of pictures")
-    column.add_argument("--image_column", help="column with the pictures themselves")
+    column.add_argument("--url_column", help="column with addresses of images")
+    column.add_argument("--image_column", help="column with the images themselves")
     add(
         "--min_size",
         type=int,
         default=256,
         metavar="PIXELS",
-        help="least shorter side of a picture (default: %(default)s)",
+        help="least shorter side of an image (default: %(default)s)",
+    )
+    add(
+        "--also", action="append", default=[], metavar="WORD", help="another name of the class: kitten; may be repeated"
+    )
+    add("--without", action="append", default=[], metavar="WORD", help="leave out captions with it; may be repeated")
+    add(
+        "--max_nsfw",
+        type=float,
+        metavar="P",
+        help=f"greatest NSFW probability in the dataset's columns; 1 takes all (default: {MAX_NSFW})",
+    )
+    add(
+        "--max_watermark",
+        type=float,
+        metavar="P",
+        help=f"greatest watermark probability in the dataset's columns; 1 takes all (default: {MAX_WATERMARK})",
+    )
+    add(
+        "--allow_private",
+        action="store_true",
+        help="also fetch from private networks and this machine, as for images served by yourself",
     )
     add("--num_workers", type=int, default=32, metavar="N", help="downloads at a time (default: %(default)s)")
     add(
@@ -61,7 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=float,
         default=10,
         metavar="SECONDS",
-        help="for one picture, all in all (default: %(default)s)",
+        help="for one image, all in all (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     for problem in _problems(args):
@@ -81,8 +110,9 @@ def _problems(args):
     for name in ("num_class_images", "min_size", "num_workers", "timeout"):
         if not 0 < getattr(args, name) < float("inf"):
             yield f"--{name}: must be more than 0, is {getattr(args, name)}"
-    if not 0 <= args.aesthetic_weight <= 1:
-        yield f"--aesthetic_weight: must be from 0 to 1, is {args.aesthetic_weight}"
+    for name in ("aesthetic_weight", "max_nsfw", "max_watermark"):
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
+            yield f"--{name}: must be from 0 to 1, is {getattr(args, name)}"
     if args.min_similarity is not None and not -1 <= args.min_similarity <= 1:
         yield f"--min_similarity: must be from -1 to 1, is {args.min_similarity}"
     if args.client_url is not None and not args.client_url.startswith(("http://", "https://")):
@@ -90,6 +120,26 @@ def _problems(args):
     for name in ("split", "caption_column", "url_column", "image_column"):
         if getattr(args, name) is not None and args.dataset is None:
             yield f"--{name}: belongs to --dataset, which is missing"
+    for name in ("max_nsfw", "max_watermark"):
+        if getattr(args, name) is not None and not _uses_dataset(args):
+            yield f"--{name}: belongs to a dataset's columns, and only a backend is asked; leave it out or add --dataset"
+    for name in ("indice_name", "aesthetic_weight", "min_similarity"):
+        if getattr(args, name) is not None and not _uses_backend(args):
+            yield f"--{name}: belongs to a clip-retrieval backend, and --dataset is none; leave it out or add --client_url"
+    if args.also and args.concepts_list is not None:
+        yield "--also: names one class; run each class with --class_prompt and --class_data_dir"
+    for name in ("also", "without"):
+        for text in getattr(args, name):
+            if not words(text):
+                yield f"--{name}: {text!r} has no word"
+
+
+def _uses_backend(args):
+    return args.client_url is not None or args.dataset is None
+
+
+def _uses_dataset(args):
+    return args.dataset is not None or (args.client_url is None and default_url() == LAION_URL)
 
 
 def read_classes(args: argparse.Namespace) -> list[tuple[str, Path]]:
@@ -124,18 +174,23 @@ def read_classes(args: argparse.Namespace) -> list[tuple[str, Path]]:
     return list(classes.values())
 
 
-def choose_sources(args: argparse.Namespace) -> list:
+def choose_sources(args: argparse.Namespace) -> list[Source]:
     """The sources to try, in order: what the user named, else LAION's backend and then an open dataset of the Hub."""
-    url = args.client_url or default_url()
-    backend = KnnBackend(url, args.indice_name, args.aesthetic_weight, args.min_similarity)
-    columns = (args.split, args.caption_column, args.url_column, args.image_column)
-    if args.dataset is not None:
-        dataset = CaptionedDataset(args.dataset, *columns)
-        return [backend, dataset] if args.client_url else [dataset]
-    return [backend, CaptionedDataset(DEFAULT_DATASET)] if url == LAION_URL else [backend]
+    sources = []
+    if _uses_backend(args):
+        weight = AESTHETIC_WEIGHT if args.aesthetic_weight is None else args.aesthetic_weight
+        url, indice_name = args.client_url or default_url(), args.indice_name or INDICE_NAME
+        sources.append(KnnBackend(url, indice_name, weight, args.min_similarity))
+    if _uses_dataset(args):
+        max_nsfw = MAX_NSFW if args.max_nsfw is None else args.max_nsfw
+        max_watermark = MAX_WATERMARK if args.max_watermark is None else args.max_watermark
+        limits = Limits(args.min_size, max_nsfw, max_watermark)
+        columns = (args.split, args.caption_column, args.url_column, args.image_column)
+        sources.append(CaptionedDataset(args.dataset or DEFAULT_DATASET, *columns, limits))
+    return sources
 
 
-def fill(class_prompt: str, class_data_dir: Path, sources: list, args: argparse.Namespace) -> bool:
+def fill(wanted: ClassWords, class_data_dir: Path, sources: list[Source], args: argparse.Namespace) -> bool:
     """Fill one class folder from the sources, in order; say what happened.
 
     Returns:
@@ -152,27 +207,29 @@ def fill(class_prompt: str, class_data_dir: Path, sources: list, args: argparse.
             f"{class_data_dir} has {len(folder.rows)} images already, {args.num_class_images} are wanted: nothing to do"
         )
         return True
-    print(f"Sources for {class_prompt!r}, in order: {'; '.join(source.name for source in sources)}", flush=True)
+    print(f"Sources for {wanted.prompt!r}, in order: {'; '.join(source.name for source in sources)}", flush=True)
     try:
-        collector, failures = _collect(class_prompt, folder, sources, args)
+        collector, scans, failures = _collect(wanted, folder, sources, args)
     finally:
         folder.close()
     if collector is None:
         raise SourceError(_nothing_reached(failures, args))
+    print("".join(f"{line}\n" for source, scan in scans if (line := _was_read(source, scan))), end="")
     if not collector.num_missing:
         print(f"{class_data_dir} has {len(folder.rows)} images with captions; tried {collector.num_tried}")
         return True
     print("".join(f"retrieve.py: {failure}\n" for failure in failures), end="", file=sys.stderr)
     if collector.num_tried or not failures:
-        print(_too_few(class_prompt, class_data_dir, collector, args), file=sys.stderr)
+        print(_too_few(wanted, class_data_dir, collector, [scan for _, scan in scans], args), file=sys.stderr)
     return False
 
 
-def _collect(class_prompt, folder, sources, args):
-    """(the collector after its work, or None when no source could be used; what the failed sources said)."""
+def _collect(wanted, folder, sources, args):
+    """(the collector after its work, or None when no source could be used; (source, scan) of those used; what the failed
+    ones said)."""
     from custom_diffusion.retrieval.collect import Collector
 
-    collector, failures = None, []
+    collector, scans, failures = None, [], []
     for source in sources:
         try:
             source.check()
@@ -181,13 +238,60 @@ def _collect(class_prompt, folder, sources, args):
                 folder.open()
                 if folder.dropped:
                     print(f"no longer listed, as they are gone or damaged: {', '.join(folder.dropped)}")
-                collector = Collector(folder, args.num_class_images, args.min_size, args.num_workers, args.timeout)
-            collector.run(source.candidates(class_prompt, collector.num_missing), f"images of {class_prompt!r}")
+                collector = Collector(
+                    folder, args.num_class_images, args.min_size, args.num_workers, args.timeout, args.allow_private
+                )
+            scans.append((source, Scan(folder.state, source.name)))
+            _collect_from(source, wanted, collector, scans[-1][1])
         except SourceError as error:
             failures.append(str(error))
         if collector is not None and not collector.num_missing:
             break
-    return collector, failures
+    return collector, scans, failures
+
+
+def _collect_from(source, wanted, collector, scan):
+    """Take one source's candidates, remembering how far it was read; say how many captions lack the class's words."""
+    folder = collector.folder
+    num_before = len(folder.rows)
+
+    def progress():
+        scan.save(folder.tried, every=SAVE_SECONDS)
+        return {"read": scan.num_read, "matched": scan.num_matched}
+
+    try:
+        candidates = source.candidates(wanted, collector.num_missing, scan)
+        collector.run(candidates, f"images of {wanted.prompt!r}", progress, source.is_own)
+    finally:
+        scan.save(folder.tried)
+        kept = folder.rows[num_before:]
+        others = [(path, caption) for path, caption, _ in kept if not wanted.matches(caption)]
+        if others:
+            print(_without_words(wanted, others, len(kept)), file=sys.stderr)
+
+
+def _without_words(wanted, others, num_kept):
+    """What to say of kept images whose captions lack the class's words, as a backend goes by what images show."""
+    path, caption = others[0]
+    said = (
+        f"retrieve.py: {len(others)} of the {num_kept} images found have a caption without the words of {wanted.prompt!r}, "
+        f"first {path}: {caption[:80]!r}"
+    )
+    if len(others) > SHARE_WITHOUT_WORDS * num_kept:
+        said += (
+            ". So many may show something else: look at them, delete what is wrong and run again with --min_similarity, which "
+            "leaves out what is less like the class prompt"
+        )
+    return said
+
+
+def _was_read(source, scan):
+    """How many rows a source had, and what was left out before anything was fetched."""
+    if not scan.num_read:
+        return ""
+    left_out = ", ".join(f"{reason} ({count:,})" for reason, count in scan.left_out.most_common() if count)
+    matched = f", {scan.num_matched:,} of them named the class" if isinstance(source, CaptionedDataset) else ""
+    return f"{source.name}: {scan.num_read:,} rows read{matched}" + (f"; left out: {left_out}" if left_out else "")
 
 
 def _nothing_reached(failures, args):
@@ -202,25 +306,37 @@ def _nothing_reached(failures, args):
     return (
         f"LAION's public retrieval service has been gone since early 2024, and {DEFAULT_DATASET} on the Hugging Face Hub "
         "cannot be reached from here either. Two commands that work:\n"
-        f"  python retrieve.py {what} --dataset FILE_OR_FOLDER_OF_CAPTIONED_PICTURES\n"
+        f"  python retrieve.py {what} --dataset FILE_OR_FOLDER_OF_CAPTIONED_IMAGES\n"
         f"  python retrieve.py {what} --client_url http://localhost:1234/knn-service --indice_name NAME\n"
         "README.md shows under 'Class images' how to prepare either. In detail: " + "; ".join(failures)
     )
 
 
-def _too_few(class_prompt, class_data_dir, collector, args):
+def _too_few(wanted, class_data_dir, collector, scans, args):
     reasons = ", ".join(f"{count} {reason}" for reason, count in collector.reasons.most_common())
+    left_out = sum((scan.left_out for scan in scans), Counter())
     tips = ["another --dataset or --client_url (what is there is kept and counted)"]
-    if collector.reasons["too small"]:
+    if collector.reasons["too small"] or left_out[TOO_SMALL]:
         tips.append(f"a --min_size below {args.min_size}")
+    tips += [
+        f"a higher {flag}"
+        for flag, reason in (("--max_nsfw", NSFW), ("--max_watermark", WATERMARK))
+        if left_out[reason]
+    ]
     if args.min_similarity is not None:
         tips.append(f"a --min_similarity below {args.min_similarity}")
     if collector.num_temporary:
         tips.append(f"the same command later or with a longer --timeout ({collector.num_temporary} may answer then)")
-    return (
-        f"retrieve.py: {class_data_dir} has {len(collector.folder.rows)} of {args.num_class_images} images of {class_prompt!r}: "
-        f"no more were to be had ({collector.num_tried} tried{'; ' + reasons if reasons else ''}). Try {', or '.join(tips)}."
+    said = (
+        f"retrieve.py: {class_data_dir} has {len(collector.folder.rows)} of {args.num_class_images} images of {wanted.prompt!r}: "
+        f"no more were to be had ({collector.num_tried} tried{'; ' + reasons if reasons else ''}). "
     )
+    unmatched = next((s for s in scans if s.samples and not s.num_matched and not s.left_out[NOT_WANTED]), None)
+    if unmatched is not None:
+        tips.insert(0, "--also with a word that its captions use")
+        samples = "; ".join(repr(caption[:80]) for caption in unmatched.samples)
+        said += f"None of {unmatched.num_read:,} rows has a caption that names the class; captions are like {samples}. "
+    return f"{said}Try {', or '.join(tips)}."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -243,7 +359,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         sources = choose_sources(args)
         for class_prompt, class_data_dir in classes:
-            if not fill(class_prompt, class_data_dir, sources, args):
+            wanted = ClassWords(class_prompt, tuple(args.also), tuple(args.without))
+            if not fill(wanted, class_data_dir, sources, args):
                 status = 1
     except KeyboardInterrupt:
         print(

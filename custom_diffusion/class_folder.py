@@ -9,12 +9,18 @@
 Three files cannot be replaced in one step, so new lists are first written whole to `.retrieve/lists/` (one rename, which
 is the commit) and then moved over the old ones. Until all have moved, a list still in `.retrieve/lists/` is the valid one:
 whoever reads through this module sees aligned lists at every moment, a SIGKILL between two renames included.
+
+Writing them anew for each image would be slow. While `retrieve.py` runs, a new image is only a line of
+`.retrieve/added.jsonl`, [place in the lists, path, caption, URL], which this module reads as if it stood at their end. Now and
+then, and when the run ends or is stopped, the lists are written with all of it.
 """
 
+import json
 from pathlib import Path
 
 PATHS, CAPTIONS, URLS = "images.txt", "caption.txt", "urls.txt"
 STATE_DIR = ".retrieve"
+ADDED = "added.jsonl"
 
 
 def read_class_folder(class_data_dir: Path) -> list[tuple[Path, str]]:
@@ -50,11 +56,23 @@ def read_class_folder(class_data_dir: Path) -> list[tuple[Path, str]]:
 
 
 def read_list(folder: Path, name: str) -> list[str] | None:
-    """Lines of one of the three lists, or None when there is no such file.
+    """Lines of one of the three lists, what was added since it was written included; None when there is no such file.
 
     Raises:
         ValueError: the file is not UTF-8 text.
     """
+    # What was added first: if the lists are written with it before they are read, they hold the same lines.
+    added = _read_added(folder)
+    lines = _read_lines(folder, name)
+    column = 1 + (PATHS, CAPTIONS, URLS).index(name)
+    for entry in added:
+        if entry[0] == len(lines or ()):
+            lines = lines or []
+            lines.append(entry[column])
+    return lines
+
+
+def _read_lines(folder, name):
     # The staged copy first: if it is moved away between the two reads, its destination already holds the same lines.
     for path in (folder / STATE_DIR / "lists" / name, folder / name):
         try:
@@ -69,6 +87,23 @@ def read_list(folder: Path, name: str) -> list[str] | None:
             lines.pop()
         return [line.rstrip("\r") for line in lines]
     return None
+
+
+def _read_added(folder):
+    """[place, path, caption, URL] of each image added since the lists were written."""
+    try:
+        text = (folder / STATE_DIR / ADDED).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    entries = []
+    for line in text.split("\n"):
+        try:
+            entry = json.loads(line)
+        except ValueError:  # cut short by a kill
+            continue
+        if isinstance(entry, list) and len(entry) == 4:
+            entries.append(entry)
+    return entries
 
 
 def find_image(folder: Path, line: str) -> Path | None:

@@ -4,6 +4,7 @@ Tests start `RetrievalServer` in-process; `python tests/retrieval_server.py PORT
 runs against a real backend. Picture n is at /img/n; `faults` says what is wrong with it.
 """
 
+import gzip
 import hashlib
 import json
 import sys
@@ -23,6 +24,7 @@ GOOD = ("gif", "webp", "cmyk", "png16", "rgba", "exif", "redirect")
 BAD = (
     "404", "403", "410", "500", "html", "empty", "cut", "short", "hang", "drip", "drip_header", "huge", "huge_chunked",
     "bomb", "loop", "to_file", "same_bytes", "same_pixels", "small",
+    "to_bad_port", "gzip_gzip", "eps", "copy_smaller", "copy_coarse", "broken_header",
 )  # fmt: skip
 
 
@@ -85,6 +87,14 @@ def body(n: int, fault: str) -> bytes:
         return body(0, "")
     if fault == "same_pixels":
         return encode(Image.open(BytesIO(body(0, ""))), "PNG")
+    if fault == "copy_smaller":
+        return encode(picture(0, (360, 270)), "WEBP", quality=70)
+    if fault == "copy_coarse":
+        return encode(Image.open(BytesIO(body(0, ""))), quality=40)
+    if fault == "eps":
+        return encode(image, "EPS")
+    if fault == "gzip_gzip":
+        return gzip.compress(gzip.compress(bytes(2**28)))
     if fault == "short":
         return encode(image)[:-2000]
     return encode(image)
@@ -182,6 +192,19 @@ class Handler(BaseHTTPRequestHandler):
     def serve_to_file(self, n, fault):
         self.send(302, b"", Location="file:///etc/hostname")
 
+    def serve_to_bad_port(self, n, fault):
+        self.send(302, b"", Location="http://127.0.0.1:99999/x")
+
+    def serve_to_elsewhere(self, n, fault):
+        self.send(302, b"", Location=self.server.redirect_to)
+
+    def serve_gzip_gzip(self, n, fault):
+        self.send(200, body(n, fault), **{"Content-Encoding": "gzip, gzip"})
+
+    def serve_broken_header(self, n, fault):
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 12\r\nContent-Length: x\r\n\r\n")
+        self.close_connection = True
+
     def do_POST(self):
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.note(self.path)
@@ -206,9 +229,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class RetrievalServer(ThreadingHTTPServer):
-    """Serves on 127.0.0.1 while used as a context manager.
+    """Serves on 127.0.0.1, or another loopback address, while used as a context manager.
 
     Attributes:
+        redirect_to: where "to_elsewhere" leads.
         faults: picture number -> what is wrong with it, one of GOOD or BAD.
         rows: what `/knn-service` finds, best first; `near_duplicates` are row numbers left out after the search.
         mode: "", or "html" or "500" for a backend that answers only that.
@@ -219,14 +243,15 @@ class RetrievalServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, port=0, faults=None, num_rows=0, latency=0.0, hang=5.0):
-        super().__init__(("127.0.0.1", port), Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+    def __init__(self, port=0, faults=None, num_rows=0, latency=0.0, hang=5.0, host="127.0.0.1"):
+        super().__init__((host, port), Handler)
+        self.url = f"http://{host}:{self.server_address[1]}"
         self.faults = faults or {}
         self.rows = [self.row(n) for n in range(num_rows)]
         self.near_duplicates = set()
         self.indices = ["laion_400m", "local"]
         self.mode, self.latency, self.hang = "", latency, hang
+        self.redirect_to = ""
         self.requests, self.stopping, self._noting = [], threading.Event(), threading.Lock()
 
     def row(self, n, **fields):

@@ -18,7 +18,7 @@ from retrieval_server import BAD, GOOD, RetrievalServer, body, encode, picture
 
 import retrieve
 from custom_diffusion.class_folder import read_class_folder
-from custom_diffusion.retrieval import backend, dataset
+from custom_diffusion.retrieval import backend, hub
 from custom_diffusion.retrieval.backend import KnnBackend
 from custom_diffusion.retrieval.candidates import SourceError
 
@@ -208,7 +208,7 @@ def test_without_any_source_the_command_says_what_works(tmp_path):
     }  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     # The promise is 15 seconds; wall clock on a busy machine says little, so what may be waited for is added up.
-    assert backend.CONNECT_SECONDS + dataset.HUB_SECONDS <= 12
+    assert backend.CONNECT_SECONDS + hub.HUB_SECONDS <= 12
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "gone since early 2024" in done.stderr
     commands = re.findall(r"^  python retrieve.py (.*)$", done.stderr, re.M)
@@ -418,7 +418,7 @@ def test_a_banner_is_bounded_and_small_ones_may_do_later(run, tmp_path):
 def test_long_side_is_bounded():
     from custom_diffusion.retrieval.pictures import MAX_SIDE, Rejected, to_class_image
 
-    jpeg, _ = to_class_image(encode(picture(1, (6000, 3000))), min_size=256)
+    jpeg, _, _ = to_class_image(encode(picture(1, (6000, 3000))), min_size=256)
     assert max(Image.open(BytesIO(jpeg)).size) <= MAX_SIDE
     with pytest.raises(Rejected, match="too small"):
         to_class_image(encode(picture(1, (6000, 300))), min_size=256)

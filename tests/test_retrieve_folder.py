@@ -7,12 +7,12 @@ from retrieval_server import body
 
 from custom_diffusion.class_folder import read_class_folder
 from custom_diffusion.retrieval.pictures import to_class_image
-from custom_diffusion.retrieval.writer import ClassFolder
+from custom_diffusion.retrieval.writer import AppendedFile, ClassFolder
 
 
 def add(folder, n):
-    jpeg, pixels = to_class_image(body(n, ""), 256)
-    folder.add(jpeg, f"caption {n}", f"http://x/{n}", (f"file {n}", pixels))
+    jpeg, pixels, look = to_class_image(body(n, ""), 256)
+    folder.add(jpeg, f"caption {n}", f"http://x/{n}", (f"file {n}", pixels), look)
 
 
 def filled(path, count):
@@ -67,10 +67,10 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("by", ["SIGKILL", "SIGTERM"])
 def test_killed_before_any_single_step_nothing_is_lost_or_misaligned(tmp_path, monkeypatch, by):
-    """Every system call of adding a picture is the last one once."""
+    """Every system call of adding a picture and of writing the lists is the last one once."""
     from pathlib import Path
 
-    steps = ("write_bytes", "replace", "rename", "mkdir", "open")
+    steps = ("write_bytes", "replace", "rename", "mkdir", "open", "unlink")
     originals = {name: getattr(Path, name) for name in steps}
     for survive in range(100):
         path = tmp_path / str(survive)
@@ -90,8 +90,11 @@ def test_killed_before_any_single_step_nothing_is_lost_or_misaligned(tmp_path, m
 
         for name in steps:
             monkeypatch.setattr(Path, name, dying(name))
+        originals["append"] = AppendedFile.append
+        monkeypatch.setattr(AppendedFile, "append", dying("append"))
         try:
             add(folder, 2)
+            folder.close()
             finished = True
         except Killed:
             finished = False

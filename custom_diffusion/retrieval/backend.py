@@ -3,6 +3,7 @@
 clip-retrieval's own client turns every failure into a JSON error, and would hold diffusers and transformers back.
 """
 
+import asyncio
 import json
 import math
 import os
@@ -11,11 +12,14 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit, urlunsplit
 
 from custom_diffusion.retrieval.candidates import Candidate, SourceError, is_web_url, one_line
+from custom_diffusion.retrieval.captions import ClassWords
+from custom_diffusion.retrieval.scan import NOT_WANTED, Scan
 
 LAION_URL = "https://knn.laion.ai/knn-service"  # the reference script's; gone since early 2024
 CONNECT_SECONDS = 6  # for an answer of any kind from the server, name look-up included
 QUERY_SECONDS = 120  # a large index on disk takes that long when cold
 MAX_NUM_IMAGES = 100_000
+MAX_LIST_BYTES, MAX_ROWS_BYTES = 2**20, 2**28  # of the answers; an index of local files sends the images with the rows
 
 
 class KnnBackend:
@@ -26,6 +30,8 @@ class KnnBackend:
         indice_name: the index to search, as the backend's `indices_paths.json` names it.
         aesthetic_weight: 0 to 1; how far beautiful pictures are preferred (ignored by backends without that model).
         min_similarity: least CLIP similarity of a row to the class prompt, or None.
+    Attributes:
+        is_own: whether it is on a private network, where its rows may name other addresses; known after `check`.
     """
 
     def __init__(self, url: str, indice_name: str, aesthetic_weight: float, min_similarity: float | None):
@@ -34,6 +40,7 @@ class KnnBackend:
         self.aesthetic_weight = aesthetic_weight
         self.min_similarity = min_similarity
         self.name = f"clip-retrieval backend {self.url} (index {indice_name})"
+        self.is_own = False
 
     def check(self):
         """Make sure that something answers there, and that it has the index.
@@ -42,10 +49,10 @@ class KnnBackend:
             SourceError: nothing answers, or the index is not among those that the backend lists.
         """
         indices_url = self.url.removesuffix("/knn-service") + "/indices-list"
-        response = self._request("GET", indices_url, CONNECT_SECONDS)
+        _, text = self._request("GET", indices_url, CONNECT_SECONDS, MAX_LIST_BYTES)
         try:
-            names = json.loads(response.text)
-        except ValueError:
+            names = json.loads(text)
+        except (ValueError, RecursionError):
             return  # behind a proxy that forwards the service only; the query will tell
         if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             return
@@ -55,7 +62,7 @@ class KnnBackend:
                 f"--indice_name: the backend at {self.url} has no index {self.indice_name!r}; it has: {has}"
             )
 
-    def candidates(self, class_prompt: str, num_missing: int) -> Iterator[Candidate]:
+    def candidates(self, wanted: ClassWords, num_missing: int, scan: Scan) -> Iterator[Candidate]:
         """Rows by falling similarity, asking for more as long as that brings new ones.
 
         The backend drops near-duplicates after its search, so a short answer does not mean that the index is exhausted.
@@ -67,17 +74,22 @@ class KnnBackend:
         num_images = max(math.ceil(1.5 * num_missing), 16)
         while True:
             new, below = 0, False
-            for row in self._query(class_prompt, num_images):
+            for row in self._query(wanted.prompt, num_images):
                 key = row.get("id", row.get("url"))
                 if isinstance(key, (list, dict)) or key in seen:
                     continue
                 seen.add(key)
                 new += 1
+                scan.reads(1)
                 if self.min_similarity is not None and not _similarity(row) >= self.min_similarity:
                     below = True
                     continue
-                if (candidate := _candidate(row, class_prompt)) is not None:
-                    yield candidate
+                if (candidate := _candidate(row, wanted.prompt)) is None:
+                    continue
+                if wanted.excludes(candidate.caption):
+                    scan.left_out[NOT_WANTED] += 1
+                    continue
+                yield candidate
             if not new or below or num_images >= MAX_NUM_IMAGES:
                 return
             num_images = min(2 * num_images, MAX_NUM_IMAGES)
@@ -99,13 +111,13 @@ class KnnBackend:
             "num_images": num_images,
             "num_result_ids": num_images,
         }
-        response = self._request("POST", self.url, QUERY_SECONDS, body)
-        if response.status_code != 200:
-            raise SourceError(f"{self.name}: {_explain_status(response.status_code, self.indice_name)}")
+        status, text = self._request("POST", self.url, QUERY_SECONDS, MAX_ROWS_BYTES, body)
+        if status != 200:
+            raise SourceError(f"{self.name}: {_explain_status(status, self.indice_name)}")
         try:
-            rows = json.loads(response.text)  # Python's parser takes the bare NaN that backends send
-        except ValueError:
-            start = one_line(response.text[:200])[:60]
+            rows = json.loads(text)  # Python's parser takes the bare NaN that backends send
+        except (ValueError, RecursionError):
+            start = one_line(text[:200])[:60]
             raise SourceError(
                 f"{self.name}: the answer is not JSON but starts {start!r}; this is no clip-retrieval backend, check --client_url"
             ) from None
@@ -113,20 +125,28 @@ class KnnBackend:
             raise SourceError(f"{self.name}: the answer is no list of rows but {one_line(json.dumps(rows))[:80]}")
         return [row for row in rows if isinstance(row, dict)]
 
-    def _request(self, method, url, seconds, body=None):
-        import httpx
+    def _request(self, method, url, seconds, max_bytes, body=None):
+        """(status, text) of an answer."""
+        from custom_diffusion.retrieval.pictures import Rejected
 
         try:
-            return within(
-                seconds, lambda: httpx.request(method, url, json=body, timeout=seconds, follow_redirects=True)
-            )
-        except TimeoutError:
-            reason = f"no answer within {seconds} seconds"
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            reason = one_line(str(error)) or type(error).__name__
+            return asyncio.run(self._ask(method, url, seconds, max_bytes, body))
+        except Rejected as rejected:
+            reason = one_line(str(rejected.__cause__ or "")) or str(rejected)
+            if isinstance(rejected.__cause__, asyncio.TimeoutError):
+                reason = f"no answer within {seconds} seconds"
         raise SourceError(
             f"cannot reach the {self.name}: {reason}; start it or correct --client_url, or use --dataset NAME_OR_PATH"
         )
+
+    async def _ask(self, method, url, seconds, max_bytes, body):
+        from custom_diffusion.retrieval.client import Client
+
+        async with Client(seconds, allow_private=False) as client:
+            # The user named this address, wherever it is; a public one may not lead to a private one.
+            status, answer = await client.request(method, url, max_bytes, True, "application/json", body)
+            self.is_own = await client.is_private(url)
+        return status, answer.decode("utf-8", errors="replace")
 
 
 def _service_url(url):
@@ -136,7 +156,10 @@ def _service_url(url):
 
 def _similarity(row):
     value = row.get("similarity")
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    try:
+        return float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        return math.nan
 
 
 def _candidate(row, class_prompt):
@@ -149,8 +172,11 @@ def _candidate(row, class_prompt):
     if isinstance(row.get("image"), str) and one_line(row.get("image_path")):
         import base64
 
+        path = one_line(row["image_path"])
+        if not path.startswith("/"):  # a key that files of several archives may share
+            path += f"#{row.get('id')}"
         try:
-            return Candidate(caption, one_line(row["image_path"]), base64.b64decode(row["image"]))
+            return Candidate(caption, path, base64.b64decode(row["image"]))
         except ValueError:
             return None
     return None

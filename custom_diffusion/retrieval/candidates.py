@@ -1,9 +1,13 @@
-"""What every source yields, and the text rules that all sources share."""
+"""What every source is and yields, and the text rules that all sources share."""
 
-import re
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 from urllib.parse import urlsplit
+
+from custom_diffusion.retrieval.captions import ClassWords
+from custom_diffusion.retrieval.scan import Scan
 
 
 class SourceError(Exception):
@@ -12,11 +16,12 @@ class SourceError(Exception):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A picture that may become a class image.
+    """An image that may become a class image.
 
     Args:
         caption: one line, never empty.
-        url: one line; an http(s) address to download, or, with `picture`, only where the picture came from.
+        url: one line, the candidate's identity: an http(s) address to download, or, with `picture`, where the image came
+            from, different for each image and the same in every run.
         picture: the encoded file itself, when the source has it.
     """
 
@@ -25,11 +30,38 @@ class Candidate:
     picture: bytes | None = None
 
 
+class Source(Protocol):
+    """Where candidates come from. A new kind of source is one file with a class like this.
+
+    Attributes:
+        name: what to call it in messages.
+        is_own: whether it is the user's, as a table on their disk or a service on their network; only then may its rows
+            name addresses on private networks. Known after `check`.
+    """
+
+    name: str
+    is_own: bool
+
+    def check(self) -> None:
+        """Make sure that it can be used. Raises SourceError."""
+
+    def candidates(self, wanted: ClassWords, num_missing: int, scan: Scan) -> Iterator[Candidate]:
+        """Candidates, the best first or in the source's order.
+
+        Args:
+            wanted: the class, and which captions name it.
+            num_missing: how many images are wanted at least.
+            scan: told what is read, matched and left out; may know where an earlier run stopped.
+        Raises:
+            SourceError: it failed on the way.
+        """
+
+
 def one_line(value) -> str:
     """Any value a source may send as text, on one line; "" for None, NaN and what is not text.
 
     Line separators that only Unicode knows (U+2028, U+0085) and control characters count as spaces too: a list must have
-    one line a picture for whoever reads it, also with `str.splitlines`.
+    one line an image for whoever reads it, also with `str.splitlines`.
     """
     if isinstance(value, bytes):
         value = value.decode("utf-8", errors="replace")
@@ -47,46 +79,3 @@ def is_web_url(url: str) -> bool:
         return parts.scheme in ("http", "https") and bool(parts.hostname)
     except ValueError:
         return False
-
-
-def singular_forms(word: str) -> set[str]:
-    """What a word may be the simple plural of, itself included: boxes -> boxes, boxe, box."""
-    forms = {word}
-    if len(word) > 3 and word.endswith("s") and not word.endswith("ss"):
-        forms.add(word[:-1])
-        if word.endswith("ies"):
-            forms.add(word[:-3] + "y")
-        if re.search(r"(s|x|z|ch|sh|o)es$", word):
-            forms.add(word[:-2])
-    return forms
-
-
-def words(text: str) -> list[str]:
-    """Words in reading order, case and width folded."""
-    return re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
-
-
-def caption_matcher(class_prompt: str):
-    """A function that says whether a caption has every word of the class prompt as a whole word.
-
-    Case and simple plurals are folded on both sides, order and distance do not matter: "wooden pot" takes
-    "Two Pots, hand-made, wooden".
-
-    Raises:
-        ValueError: the prompt has no word.
-    """
-    wanted = [singular_forms(word) for word in words(class_prompt)]
-    if not wanted:
-        raise ValueError(f"class prompt {class_prompt!r} has no word to look for in captions")
-    # Captions are scanned by the million: a substring test on the shortest forms settles most of them.
-    stems = [min(forms, key=len) if class_prompt.isascii() else "" for forms in wanted]
-
-    def matches(caption: str) -> bool:
-        if caption.isascii():
-            lowered = caption.lower()
-            if not all(stem[:-1] in lowered for stem in stems):
-                return False
-        present = set().union(*map(singular_forms, words(caption)))
-        return all(not forms.isdisjoint(present) for forms in wanted)
-
-    return matches

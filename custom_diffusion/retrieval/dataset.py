@@ -1,50 +1,36 @@
-"""Candidates from any captioned dataset: of the Hugging Face Hub, or a local file or folder, always in streaming mode."""
+"""Candidates from any captioned dataset: of the Hugging Face Hub, or a local file or folder, never downloaded whole."""
 
-import os
+import hashlib
+import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
-from custom_diffusion.retrieval.backend import within
-from custom_diffusion.retrieval.candidates import Candidate, SourceError, caption_matcher, is_web_url, one_line
+from custom_diffusion.retrieval.candidates import Candidate, SourceError, is_web_url, one_line
+from custom_diffusion.retrieval.captions import ClassWords, first_values
+from custom_diffusion.retrieval.columns import Limits, find_columns, texts_of
+from custom_diffusion.retrieval.hub import HUB_SECONDS, MARK_ROWS, check_hub, first_line, is_own_file
+from custom_diffusion.retrieval.image_folder import ImageFolder
+from custom_diffusion.retrieval.parts import find_parts
+from custom_diffusion.retrieval.scan import BROKEN, NOT_WANTED, Scan
 
-HUB_SECONDS = 6  # for the Hub to answer anything
-READERS = {  # suffix of a local file -> builder of `datasets` and its settings
-    ".parquet": ("parquet", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".jsonl": ("json", {}),
-    ".ndjson": ("json", {}),
-    ".json": ("json", {}),
-    ".arrow": ("arrow", {}),
-    ".tar": ("webdataset", {}),
-}
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-# Names in the wild, the likelier first; compared in lower case.
-CAPTION_COLUMNS = (
-    "caption", "text", "txt", "captions", "caption.txt", "alt_text", "alttext", "alt", "description", "top_caption",
-    "sentence", "sentences", "prompt", "title", "label_text",
-)  # fmt: skip
-URL_COLUMNS = (
-    "url",
-    "image_url",
-    "img_url",
-    "imageurl",
-    "image_link",
-    "photo_url",
-    "photo_image_url",
-    "link",
-    "coco_url",
-)
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "file_name", "image_path")
+NO_CAPTION = "rows without a caption"
+NO_COLUMNS = "rows without the columns"
+NO_IMAGE = "rows without a usable address or image"
+TAR_COLUMNS = ("__url__", "__key__")  # where a webdataset sample lies
+CHECKED_PARTS, CHECKED_BATCHES = 10, 20  # in which columns are looked for
+MAX_FAILED_PARTS = 3  # of a Hub dataset in one run: the Hub may be gone
+STATE_FORMAT = 1  # of what a scan's place and key mean
 
 
 class CaptionedDataset:
     """A source of candidates: the rows of a dataset whose caption names the class.
 
     Args:
-        name_or_path: a Hub dataset, or a local parquet, CSV, TSV, JSONL or tar file, or a folder of such files or of pictures.
+        name_or_path: a Hub dataset, or a local Parquet, CSV, TSV, JSONL or tar file, or a folder of such files or of images.
         split: of the dataset; None for "train", or the only one.
         caption_column, url_column, image_column: None to detect them.
+        limits: what the table's columns must say of an image.
     """
 
     def __init__(
@@ -54,13 +40,17 @@ class CaptionedDataset:
         caption_column: str | None = None,
         url_column: str | None = None,
         image_column: str | None = None,
+        limits: Limits | None = None,
     ):
         self.name_or_path = name_or_path
         self.split = split
-        self.columns = {"caption": caption_column, "url": url_column, "image": image_column}
-        self.is_local = Path(name_or_path).exists()
+        self.named_columns = {"caption": caption_column, "url": url_column, "image": image_column}
+        self.limits = limits or Limits()
+        self.is_own = Path(name_or_path).exists()
         self.name = f"dataset {name_or_path}"
-        self._opened = None
+        self._parts = None  # the files of it
+        self._columns = None
+        self._other_columns = {}  # column names of a part that lacks those -> its columns, or None
 
     def check(self):
         """Make sure that it can be reached and has the columns.
@@ -68,219 +58,191 @@ class CaptionedDataset:
         Raises:
             SourceError: no such dataset, split or column; one line that says what there is.
         """
-        if self._opened is None:
-            if not self.is_local:
-                self._check_hub()
-            try:
-                self._opened = self._open()
-            except SourceError:
-                raise
-            except Exception as error:  # looking at the first row read a damaged file
-                raise SourceError(f"--dataset: reading {self.name_or_path} failed: {_first_line(error)}") from error
-
-    def _check_hub(self):
-        import httpx
-
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
-            return  # `datasets` then looks into its cache only
+        if self._parts is not None:
+            return
+        if not self.is_own:
+            check_hub(self.name_or_path, HUB_SECONDS)
         try:
-            within(HUB_SECONDS, lambda: httpx.get(f"{endpoint}/api/datasets/{self.name_or_path}", timeout=HUB_SECONDS))
-        except (TimeoutError, httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            raise SourceError(
-                f"--dataset: {self.name_or_path!r} is no local file or folder, and the Hugging Face Hub cannot be reached "
-                f"({one_line(str(error)) or type(error).__name__})"
-            ) from None
-
-    def candidates(self, class_prompt: str, num_missing: int) -> Iterator[Candidate]:
-        """Rows whose caption has the class prompt's words, in the dataset's order.
-
-        Raises:
-            SourceError: a row cannot be read.
-        """
-        matches = caption_matcher(class_prompt)
-        self.check()
-        rows, (caption_column, url_column, image_column) = self._opened
-        try:
-            for number, row in enumerate(rows):
-                texts = [one_line(text) for text in _texts(_field(row, caption_column))]
-                caption = next((text for text in texts if text and matches(text)), None)
-                if caption is None:
-                    continue
-                url = one_line(_field(row, url_column)) if url_column else ""
-                picture, path = self._picture(_field(row, image_column)) if image_column else (None, "")
-                if picture is not None:
-                    yield Candidate(caption, url or self._place(row, path, number), picture)
-                elif is_web_url(url or path):
-                    yield Candidate(caption, url or path)
+            parts = find_parts(self.name_or_path, self.is_own, self.split)
+            self._columns = self._first_columns(parts)
         except SourceError:
             raise
-        except Exception as error:  # whatever the dozen formats and file systems behind `datasets` raise
-            raise SourceError(f"{self.name}: reading it failed: {_first_line(error)}") from error
+        except Exception as error:  # looking at the first rows read a damaged file
+            raise SourceError(f"--dataset: reading {self.name_or_path} failed: {first_line(error)}") from error
+        self._parts = parts
+        if isinstance(parts[0], ImageFolder) and not parts[0].has_captions:
+            self.name += " (its images have no captions: each gets the class prompt as its caption)"
 
-    def _place(self, row, path, number):
-        """Where a picture without URL came from, different for each picture."""
-        if isinstance(row, dict) and "__key__" in row:  # a webdataset tar
-            return one_line(f"{row.get('__url__', self.name_or_path)}#{row['__key__']}")
-        return one_line(path) or f"{self.name_or_path}#{number}"
+    def candidates(self, wanted: ClassWords, num_missing: int, scan: Scan) -> Iterator[Candidate]:
+        """Rows whose caption names the class, in the dataset's order, then those that an earlier run could not fetch.
 
-    def _picture(self, value):
-        """(encoded picture or None, its path or URL or "") of an image field."""
+        Raises:
+            SourceError: a part of it cannot be read; the others have been.
+        """
+        self.check()
+        place, ask_again = scan.begin(self._key(wanted))
+        first_part, row, offset = place or (0, 0, 0)
+        failures = []
+        for number in range(first_part, len(self._parts)):
+            scan.reached([number, row, offset])
+            try:
+                yield from self._of_part(number, row, offset, wanted, scan)
+            except Exception as error:  # whatever the dozen formats and file systems behind `datasets` raise
+                failures.append(f"{self.name}: reading it failed: {first_line(error)}")
+                scan.fails()
+            row = offset = 0
+            if len(failures) == MAX_FAILED_PARTS and not self.is_own:
+                break
+        scan.reached([len(self._parts), 0, 0])
+        for caption, url in ask_again:
+            yield Candidate(caption, url)
+        if failures:
+            raise SourceError(failures[0])
+
+    def _key(self, wanted):
+        """What a remembered place is worth nothing without."""
+        parts = [part.signature for part in self._parts]
+        words = [wanted.prompt, wanted.also, wanted.without]
+        what = [STATE_FORMAT, parts, self.split, self.named_columns, words, vars(self.limits)]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+    def _of_part(self, number, row, offset, wanted, scan):
+        """The candidates of one part from a place on."""
+        part = self._parts[number]
+        for batch in part.batches(row, offset):
+            if batch.num_rows > 1 or batch.row % MARK_ROWS == 0:
+                scan.reached([number, batch.row, batch.offset])
+            for caption, url, image in self._of_batch(part, batch, wanted, scan):
+                scan.offers(caption, url, image is not None)
+                yield Candidate(caption, url, image)
+
+    def _of_batch(self, part, batch, wanted, scan):
+        """(caption, address, image or None) of a batch's candidates."""
+        scan.reads(batch.num_rows, batch.num_broken)
+        columns = self._columns_of(batch)
+        if columns is None:
+            scan.left_out[NO_COLUMNS] += batch.num_rows
+            return
+        if isinstance(part, ImageFolder) and not part.has_captions:
+            matched = [(0, wanted.prompt)] if part.is_of_class(batch, wanted) else []
+        else:
+            matched = _matches(batch.values(columns.caption), wanted, scan)
+        scan.num_matched += len(matched)
+        names = [name for name in (*columns.beside_caption, *TAR_COLUMNS) if name in batch.names]
+        for (index, caption), row in zip(matched, batch.take([index for index, _ in matched], names)):
+            url, image = self._address_and_image(part, batch.row + index, row, columns)
+            if not url:
+                scan.left_out[NO_IMAGE] += 1
+            elif reason := columns.too_much(row, self.limits, has_image=image is not None):
+                scan.left_out[reason] += 1
+            else:
+                yield caption, url, image
+
+    def _address_and_image(self, part, number, row, columns):
+        """(the candidate's address or "", the encoded image or None) of a row."""
+        url = one_line(row.get(columns.url))
+        image, path = self._image(row.get(columns.image), part)
+        if image is None:
+            url = url or one_line(path)
+            return (url if is_web_url(url) else ""), None
+        if "__key__" in row:  # a webdataset tar
+            path = f"{row.get('__url__', part.name)}#{row['__key__']}"
+        # Not the path that an embedded image may bring: many tables have the same for all.
+        place = one_line(path) or f"{part.name}#{number}"
+        return (f"{url}#{place}" if is_web_url(url) else place), image
+
+    def _image(self, value, part):
+        """(encoded image or None, the file or URL that it is, or "") of an image field."""
         if isinstance(value, bytes):
             return value, ""
         if isinstance(value, dict):
-            encoded, path = value.get("bytes"), value.get("path") or ""
-            return (encoded, path) if encoded is not None else self._picture(path)
-        if not isinstance(value, str) or not value:
-            return None, ""
-        if is_web_url(value):
-            return None, value
-        if "://" in value:  # hf://, zip://: a file that `datasets` points to
-            import fsspec
-
-            with fsspec.open(value, "rb") as file:
-                return file.read(), value
-        here = Path(self.name_or_path)
-        for path in (Path(value), (here if here.is_dir() else here.parent) / value):
-            if path.is_file():
-                return path.read_bytes(), str(path)
-        return None, ""
-
-    def _open(self):
-        """(iterable of rows, (caption column, URL column or None, image column or None))."""
-        if self.is_local and Path(self.name_or_path).is_dir() and (pairs := _text_pairs(Path(self.name_or_path))):
-            return pairs, self._find_columns(pairs[0], {"image"})
-        dataset = self._load()
-        first = next(iter(dataset.take(1)), None) if dataset.features is None else {}
-        names = list(dataset.features or first or ())
-        if names and all("://" in name or " " in name for name in names):
-            # A table without header (CC12M's): its first row was taken for the names.
-            dataset = self._load(header=None, names=[f"column_{i}" for i in range(len(names))])
-            names = list(dataset.features or next(iter(dataset.take(1)), None) or ())
-        image_columns = {name for name, kind in (dataset.features or {}).items() if type(kind).__name__ == "Image"}
-        for name in image_columns:
-            dataset = dataset.cast_column(name, type(dataset.features[name])(decode=False))
-        sample = next(iter(dataset.take(1)), None)
-        if sample is None:
-            raise SourceError(f"--dataset: {self.name_or_path} has no rows")
-        columns = self._find_columns(sample, image_columns)
-        if columns[2] is None and "json" not in sample:
-            dataset = dataset.select_columns([name for name in columns if name is not None])
-        return dataset, columns
-
-    def _load(self, **settings):
-        """The dataset's split, streaming.
-
-        Raises:
-            SourceError: no such dataset or split, or it cannot be opened.
-        """
-        import datasets
-
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs whole tracebacks before it raises
-        path = Path(self.name_or_path)
+            encoded = value.get("bytes")
+            return (encoded, "") if isinstance(encoded, bytes) else self._image(value.get("path"), part)
+        if not isinstance(value, str) or not value or is_web_url(value):
+            return None, value or ""
         try:
-            if path.is_file():
-                suffix = next(
-                    (s for s in reversed(path.suffixes) if s.lower() not in (".gz", ".zst", ".bz2", ".xz")), ""
-                )
-                if suffix.lower() not in READERS:
-                    raise SourceError(f"--dataset: {path} must be a folder or end in one of {', '.join(READERS)}")
-                builder, defaults = READERS[suffix.lower()]
-                loaded = datasets.load_dataset(builder, data_files=str(path), streaming=True, **defaults | settings)
-            elif path.is_dir() and any(path.rglob("metadata.*")):
-                loaded = datasets.load_dataset("imagefolder", data_dir=str(path), streaming=True)
-            else:
-                loaded = datasets.load_dataset(self.name_or_path, streaming=True, **settings)
-        except SourceError:
-            raise
-        except Exception as error:
-            raise SourceError(
-                f"--dataset: {self.name_or_path!r} is neither a local dataset nor one of the Hub that can be opened: "
-                f"{_first_line(error)}"
-            ) from error
-        split = self.split or ("train" if "train" in loaded else next(iter(loaded)))
-        if split not in loaded:
-            raise SourceError(f"--split: {self.name_or_path} has no split {split!r}; it has: {', '.join(loaded)}")
-        return loaded[split]
-
-    def _find_columns(self, sample, image_columns):
-        """Names of the caption, URL and image columns; the last two may be None, but not both.
-
-        Args:
-            sample: the first row.
-            image_columns: columns known to hold pictures.
-        Raises:
-            SourceError: a named column is missing, or one cannot be detected.
-        """
-        fields = dict(sample) | {f"json.{name}": value for name, value in _nested(sample).items()}
-        there = f"{self.name_or_path} has the columns: {', '.join(map(str, fields))}"
-        for role, name in self.columns.items():
-            if name is not None and name not in fields:
-                raise SourceError(f"--{role}_column: there is no column {name!r}; {there}")
-        caption, url, image = self.columns["caption"], self.columns["url"], self.columns["image"]
-        if url is None and image is None:
-            image = next(iter(sorted(image_columns)), None) or _detect(
-                fields,
-                IMAGE_COLUMNS,
-                lambda v: isinstance(v, (bytes, dict)) or (isinstance(v, str) and not is_web_url(v)),
+            if "://" in value:  # hf://, zip://: a file that `datasets` or the user's own table points to
+                return self._file_behind(value), value
+            return next(
+                ((path.read_bytes(), str(path)) for path in self._own_paths(value, part) if path.is_file()), (None, "")
             )
-            url = _detect(fields, URL_COLUMNS, lambda v: is_web_url(one_line(v)))
-            if image is None and url is None:
-                url = next(
-                    (name for name, value in fields.items() if is_web_url(one_line(value)) and name != "__url__"), None
-                )
-            if image is None and url is None:
-                raise SourceError(f"--url_column or --image_column must be given; {there}")
+        except (OSError, ValueError):  # not to be read, or no path at all
+            return None, ""
+
+    def _file_behind(self, address):
+        """What lies there; None when a stranger's table has no business there."""
+        import fsspec
+
+        if not self.is_own and not is_own_file(self.name_or_path, address):
+            return None
+        with fsspec.open(address, "rb") as file:
+            return file.read()
+
+    def _own_paths(self, value, part):
+        """Where a file that a row names may lie: none, unless the table is the user's own."""
+        if not self.is_own:
+            return ()
+        here = Path(self.name_or_path)
+        return (Path(part.name).parent / value, (here if here.is_dir() else here.parent) / value, Path(value))
+
+    def _columns_of(self, batch):
+        """The batch's columns, or None when it has no caption or no image: tables change on the way."""
+        names = set(batch.names)
+        if self._columns.caption in names and names & {self._columns.url, self._columns.image}:
+            return self._columns
+        if batch.num_rows < 2:
+            return self._columns if self._columns.caption in names else None
+        key = tuple(batch.names)
+        if key not in self._other_columns:
+            try:
+                self._other_columns[key] = self._find_columns(batch)
+            except SourceError:
+                self._other_columns[key] = None
+        return self._other_columns[key]
+
+    def _find_columns(self, batch):
+        return find_columns(batch.sample(), batch.image_columns(), self.named_columns, self.name_or_path)
+
+    def _first_columns(self, parts):
+        """The columns of the first rows that have any.
+
+        Raises:
+            SourceError: there are none.
+        """
+        failures, num_broken = [], 0
+        for part in parts[:CHECKED_PARTS]:
+            try:
+                for batch in islice(part.batches(0, 0), CHECKED_BATCHES):
+                    num_broken += batch.num_broken
+                    try:
+                        if batch.num_rows:
+                            return self._find_columns(batch)
+                    except SourceError as error:
+                        failures.append(error)
+            except Exception as error:  # a damaged file
+                failures.append(SourceError(f"--dataset: reading {self.name_or_path} failed: {first_line(error)}"))
+        broken = f" that can be read ({num_broken} cannot)" if num_broken else ""
+        raise failures[0] if failures else SourceError(f"--dataset: {self.name_or_path} has no rows{broken}")
+
+
+def _matches(values, wanted, scan):
+    """(index, caption) of the rows that name the class.
+
+    Args:
+        values: a column, as an Arrow array or a list.
+    """
+    scan.shows(map(one_line, texts_of(first_values(values))))
+    likely = wanted.likely(values)
+    scan.left_out[BROKEN] += likely.num_undecodable
+    scan.left_out[NO_CAPTION] += likely.num_missing
+    matched = []
+    for index, value in zip(likely.indices, likely.values):
+        texts = [text.decode("utf-8", "replace") if isinstance(text, bytes) else text for text in texts_of(value)]
+        caption = next((text for text in texts if wanted.matches(text)), None)
         if caption is None:
-            others = {name: value for name, value in fields.items() if name not in (url, image)}
-            caption = _detect(others, CAPTION_COLUMNS, lambda v: v is None or bool(_texts(v)) or v == "")
-            if caption is None:  # the first column that reads like prose
-                caption = next((name for name, value in others.items() if " " in one_line(value).strip()), None)
-            if caption is None:
-                raise SourceError(f"--caption_column must be given; {there}")
-        return caption, url, image
-
-
-def _detect(fields, names, fits):
-    """The first of `names` that is a column whose first value fits."""
-    by_name = {str(name).lower().removeprefix("json."): name for name in reversed(list(fields))}
-    return next((by_name[name] for name in names if name in by_name and fits(fields[by_name[name]])), None)
-
-
-def _nested(row):
-    """The fields of a webdataset sample's .json member."""
-    return row["json"] if isinstance(row.get("json"), dict) else {}
-
-
-def _field(row, name):
-    if name in row:
-        return row[name]
-    return _nested(row).get(name.removeprefix("json."))
-
-
-def _texts(value):
-    """The captions in a field: a string, or several (COCO's lists, or dicts with "raw")."""
-    if isinstance(value, (str, bytes)):
-        return [value]
-    if isinstance(value, dict):
-        return _texts(value.get("raw") or value.get("text") or value.get("caption"))
-    if isinstance(value, (list, tuple)):
-        return [text for item in value for text in _texts(item)]
-    return []
-
-
-def _text_pairs(folder):
-    """Rows of a folder of pictures with a .txt of the same name beside each; [] when it is no such folder."""
-    if any(folder.rglob("metadata.jsonl")) or any(folder.rglob("metadata.csv")):
-        return []
-    pictures = sorted(
-        p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.with_suffix(".txt").is_file()
-    )
-    return [
-        {"image": str(p), "text": p.with_suffix(".txt").read_text(encoding="utf-8", errors="replace")} for p in pictures
-    ]
-
-
-def _first_line(error):
-    return one_line(str(error).strip().split("\n")[0])[:200] or type(error).__name__
+            continue
+        if any(map(wanted.excludes, texts)):
+            scan.left_out[NOT_WANTED] += 1
+        else:
+            matched.append((index, one_line(caption)))
+    return matched

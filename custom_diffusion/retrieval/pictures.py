@@ -1,11 +1,23 @@
 """One downloaded file -> one class image: a JPEG that every reader decodes."""
 
 import hashlib
+import threading
+from contextlib import contextmanager
 from io import BytesIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-MAX_PIXELS = 100_000_000  # of the encoded picture; more is taken for a decompression bomb
+from custom_diffusion.retrieval.looks import Look, look_of
+
+# What browsers show, and TIFF. Pillow knows more: it would start Ghostscript on an EPS file.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+# Most that Pillow and its libraries took per pixel of the file, as measured with 24 million pixels: the kinds of JPEG that
+# come in passes are held whole, WebP is drawn on two canvases before it is copied.
+BYTES_PER_PIXEL = {"WEBP": 20, "AVIF": 16}
+OTHER_BYTES_PER_PIXEL = 11
+JPEG_BYTES_PER_PIXEL = 3  # unless it comes in passes
+MAX_DECODING_BYTES = 2**28  # for one image: 24 million pixels of PNG, 13 of WebP, 89 of a plain JPEG
+ALL_DECODING_BYTES = 300_000_000  # for all that are decoded at a time
 MAX_SIDE = 2048  # of the written JPEG; training resizes the shorter side to 512-1024
 JPEG_QUALITY = 95
 TOO_SMALL = "too small"
@@ -22,64 +34,107 @@ class Rejected(Exception):
         self.lasting = lasting
 
 
-def to_class_image(encoded: bytes, min_size: int) -> tuple[bytes, str]:
-    """Decode a picture fully and encode it as the JPEG to keep.
+def to_class_image(encoded: bytes, min_size: int) -> tuple[bytes, str, Look]:
+    """Decode an image fully and encode it as the JPEG to keep.
 
-    EXIF-rotated, flattened on white to RGB, first frame of an animation, long side at most `MAX_SIDE`.
+    Turned upright, flattened on white to RGB, first frame of an animation, long side at most `MAX_SIDE`.
 
     Args:
-        encoded: a file in any format Pillow reads.
+        encoded: a file in one of `FORMATS`.
         min_size: least shorter side, pixels, of what is kept.
     Returns:
-        (JPEG file, hexadecimal SHA-256 of size and decoded RGB pixels).
+        (JPEG file, its hexadecimal SHA-256, which is the same for the same pixels; what it looks like).
     Raises:
-        Rejected: not a picture, damaged, too big or too small.
+        Rejected: not an image, damaged, too big or too small.
     """
+    image = _decode(encoded, min_size)
+    file = BytesIO()
+    image.save(file, "JPEG", quality=JPEG_QUALITY, exif=b"")
+    jpeg = file.getvalue()
+    return jpeg, hashlib.sha256(jpeg).hexdigest(), look_of(image)
+
+
+def _decode(encoded, min_size):
+    """The image as RGB, upright, its long side bounded."""
     try:
-        with Image.open(BytesIO(encoded)) as opened:
-            width, height = opened.size
-            if width * height > MAX_PIXELS:
-                raise Rejected("more pixels than allowed")
-            if min(width, height) < min_size:
+        with Image.open(BytesIO(encoded), formats=known_formats()) as opened:
+            if min(opened.size) < min_size:
                 raise Rejected(TOO_SMALL)
-            # For JPEG: decode at 1/2, 1/4 or 1/8 size where that is still above the bound; all data is read all the same.
-            opened.draft("RGB", (MAX_SIDE, MAX_SIDE))
-            opened.load()
-            picture = to_rgb(ImageOps.exif_transpose(opened))
+            with _memory_for(opened):
+                image = to_rgb(_read_upright(opened))
+                image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     except Image.DecompressionBombError:
         raise Rejected("more pixels than allowed") from None
     except UnidentifiedImageError:
-        raise Rejected("not a picture") from None
+        raise Rejected("not an image in a known format") from None
     except Rejected:
         raise
     except Exception as error:  # Pillow's plugins raise a dozen kinds on damaged files
-        raise Rejected("damaged picture") from error
-    picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-    if min(picture.size) < min_size:  # a banner whose long side had to be cut down
+        raise Rejected("damaged image") from error
+    if min(image.size) < min_size:  # a banner whose long side had to be cut down
         raise Rejected(TOO_SMALL)
-    fingerprint = pixel_hash(picture)
-    jpeg = BytesIO()
-    picture.save(jpeg, "JPEG", quality=JPEG_QUALITY)
-    return jpeg.getvalue(), fingerprint
+    return image
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """The picture as 8-bit RGB, transparency flattened on white, 16 bits scaled down rather than clipped."""
-    if picture.mode == "F":
-        raise Rejected("floating-point picture")  # no telling which value is white
-    if picture.mode.startswith("I"):
-        picture = picture.convert("I")
+def known_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow reads; AVIF needs 11.3."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _read_upright(opened):
+    """All pixels of an open file, in its own mode; shrunk before any conversion, as those take several times the memory."""
+    shrink = min(1, MAX_SIDE / max(opened.size))
+    # JPEG: decoded at 1/2, 1/4 or 1/8 size where that is still above the bound; all data is read all the same.
+    opened.draft("RGB", tuple(round(side * shrink) for side in opened.size))
+    opened.load()
+    if opened.mode in ("RGB", "RGBA", "L", "LA", "CMYK", "YCbCr"):  # palettes and deep greys cannot be averaged yet
+        opened.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    ImageOps.exif_transpose(opened, in_place=True)
+    return opened
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image as 8-bit RGB, transparency flattened on white, 16 bits scaled down rather than clipped."""
+    if image.mode == "F":
+        raise Rejected("floating-point image")  # no telling which value is white
+    if image.mode.startswith("I"):
+        image = image.convert("I")
         # 16-bit grey opens as "I" or "I;16"; an "I" that stays within 8 bits is left alone.
-        scale = 1 / 257 if picture.getextrema()[1] > 255 else 1
-        picture = picture.point(lambda value: value * scale + 0.5).convert("L")
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        canvas = Image.new("RGB", picture.size, "white")
-        canvas.paste(picture, mask=picture.getchannel("A"))
+        scale = 1 / 257 if image.getextrema()[1] > 255 else 1
+        image = image.point(lambda value: value * scale + 0.5).convert("L")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, "white")
+        canvas.paste(image, mask=image.getchannel("A"))
         return canvas
-    return picture.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def pixel_hash(picture: Image.Image) -> str:
-    """SHA-256 of an RGB picture's size and pixels."""
-    return hashlib.sha256(b"%dx%d:" % picture.size + picture.tobytes()).hexdigest()
+_room = threading.Condition()
+_decoding_bytes = 0  # of all images being decoded
+
+
+@contextmanager
+def _memory_for(opened):
+    """Wait until an open file can be decoded beside the others within `ALL_DECODING_BYTES`.
+
+    Raises:
+        Rejected: it would take more than one image may.
+    """
+    global _decoding_bytes
+    per_pixel = BYTES_PER_PIXEL.get(opened.format, OTHER_BYTES_PER_PIXEL)
+    if opened.format in ("JPEG", "MPO") and not opened.info.get("progressive"):
+        per_pixel = JPEG_BYTES_PER_PIXEL
+    needed = opened.width * opened.height * per_pixel
+    if needed > MAX_DECODING_BYTES:
+        raise Rejected("more pixels than allowed")
+    with _room:
+        _room.wait_for(lambda: _decoding_bytes + needed <= ALL_DECODING_BYTES)
+        _decoding_bytes += needed
+    try:
+        yield
+    finally:
+        with _room:
+            _decoding_bytes -= needed
+            _room.notify_all()

@@ -1,19 +1,27 @@
 """Fill a class folder so that it is whole at every moment, and remember what was tried, so that nothing is fetched twice.
 
 `.retrieve/` holds
-    journal.jsonl   one line for each picture kept and each candidate turned down for good
-    part.jpg        the picture being added, until it is renamed into `images/`
+    journal.jsonl   one line for each image kept and each candidate turned down for good
+    part.jpg        the image being added, until it is renamed into `images/`
+    added.jsonl     what belongs at the end of the lists (see folder.py)
     lists/          lists being committed (see folder.py)
     lock            held while a process fills the folder
 """
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
-from custom_diffusion.class_folder import CAPTIONS, PATHS, STATE_DIR, URLS, find_image, read_list
+from custom_diffusion.class_folder import ADDED, CAPTIONS, PATHS, STATE_DIR, URLS, find_image, read_list
+from custom_diffusion.retrieval.looks import Look, Looks
 from custom_diffusion.retrieval.pictures import TOO_SMALL, Rejected, to_class_image
+
+# Of all images, those that are added before the lists are written anew. Writing them for each image would take time that
+# grows with the square of their number.
+ADDED_SHARE = 1 / 8
 
 
 class ClassFolder:
@@ -23,7 +31,8 @@ class ClassFolder:
         rows: (path as `images.txt` has it, caption, URL) of each picture that counts.
         dropped: lines of `images.txt` whose picture is gone or does not decode; they leave the lists at `open`.
         tried: URLs not to ask for again: kept, removed by the user, or turned down for good.
-        fingerprints: SHA-256 of the files and of the pixels seen so far.
+        fingerprints: SHA-256 of the files seen so far, as they came and as they are kept.
+        looks: of the images seen so far.
     """
 
     def __init__(self, path: Path, min_size: int):
@@ -38,26 +47,32 @@ class ClassFolder:
         self.state = self.path / STATE_DIR
         self.min_size = min_size
         self.lock = None
+        self._journal_file = AppendedFile(self.state / "journal.jsonl")
+        self._added_file = AppendedFile(self.state / ADDED)
         self._unsettled = False
+        self._num_listed = 0  # images in the three lists themselves
         self._load()
 
     def _load(self):
-        self.rows, self.dropped, self.tried, self.fingerprints = [], [], set(), set()
+        self.rows, self.dropped, self.tried, self.fingerprints, self.looks = [], [], set(), set(), Looks()
         self.journal = self._read_journal()
-        kept = {entry["name"]: entry for entry in self.journal if entry.get("name")}
+        kept = {entry["name"]: entry for entry in self.journal if entry.get("name") and entry.get("look")}
         for entry in self.journal:
             if entry.get("min_size", 0) <= self.min_size:
                 self.tried.add(entry["url"])
             self.fingerprints.update(entry.get("fingerprints", ()))
+            if entry.get("look"):
+                self.looks.add(entry["look"])
         for line, caption, url in self._read_lists():
             found = find_image(self.path, line)
             if found is not None and found.parent == self.path / "images":
                 line = f"images/{found.name}"  # also for lists of the reference script, so that the folder can be moved
             if found is not None and line in kept and found.stat().st_size == kept[line]["size"]:
                 self.rows.append((line, caption, url))
-            elif found is not None and (fingerprints := _fingerprints_of(found)):
+            elif found is not None and (seen := _look_at(found)) is not None:
                 self.rows.append((line, caption, url))
-                self.fingerprints.update(fingerprints)
+                self.fingerprints.update(seen[0])
+                self.looks.add(seen[1])
             else:
                 self.dropped.append(line)
             self.tried.add(url)
@@ -84,7 +99,8 @@ class ClassFolder:
             for line in (self.state / "journal.jsonl").read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     entry = json.loads(line)
-                    entries.append(entry | {"url": str(entry["url"])})
+                    look = Look.from_json(entry["look"]) if "look" in entry else None
+                    entries.append(entry | {"url": str(entry["url"]), "look": look})
                 except (ValueError, KeyError, TypeError):
                     continue  # the last line, cut short by a kill
         return entries
@@ -108,6 +124,8 @@ class ClassFolder:
             if self._unsettled:
                 self._settle()
         finally:
+            self._journal_file.close()
+            self._added_file.close()
             if self.lock is not None:
                 self.lock.close()
 
@@ -118,8 +136,11 @@ class ClassFolder:
         shutil.rmtree(self.state / "lists.new", ignore_errors=True)
         self._load()  # again, now that nobody else writes
         recovered = self._recover_last()
-        if recovered or self.dropped:
+        # New images are told by their place in the lists, so all three must be there.
+        lacking = self.rows and not all((self.path / name).exists() for name in (PATHS, CAPTIONS, URLS))
+        if recovered or self.dropped or lacking or (self.state / ADDED).exists():
             self._commit()
+        self._num_listed = len(self.rows)
         self._unsettled = False
 
     def _recover_last(self) -> bool:
@@ -137,13 +158,14 @@ class ClassFolder:
         part.unlink(missing_ok=True)
         return recovered
 
-    def add(self, jpeg: bytes, caption: str, url: str, fingerprints: tuple[str, ...]):
-        """Keep a picture: its file, then its line in each list.
+    def add(self, jpeg: bytes, caption: str, url: str, fingerprints: tuple[str, ...], look: Look):
+        """Keep an image: its file, then its line in each list.
 
         Args:
             jpeg: the file to write.
             caption, url: one line each.
-            fingerprints: SHA-256 of the downloaded file and of the pixels.
+            fingerprints: SHA-256 of the file as it came and as it is kept.
+            look: what it looks like.
         """
         number = len(self.rows)
         while (self.path / "images" / f"{number}.jpg").exists():  # somebody's file; it stays
@@ -155,13 +177,19 @@ class ClassFolder:
         # From this line on, a kill loses nothing: `_recover_last` finishes the rest.
         self._journal(
             url=url, name=name, caption=caption, jpeg=hashlib.sha256(jpeg).hexdigest(), size=len(jpeg),
-            fingerprints=fingerprints,
+            fingerprints=fingerprints, look=look.to_json(),
         )  # fmt: skip
         part.replace(self.path / name)
         self.rows.append((name, caption, url))
         self.fingerprints.update(fingerprints)
-        self._commit()
-        self._unsettled = False
+        self.looks.add(look)
+        self._append_last()
+        if len(self.rows) - self._num_listed >= ADDED_SHARE * len(self.rows):
+            self._commit()
+
+    def _append_last(self):
+        """Add the last row to what belongs at the end of the lists."""
+        self._added_file.append([len(self.rows) - 1, *self.rows[-1]])
 
     def turn_down(self, url: str, reason: str):
         """Remember a candidate that will never do."""
@@ -169,9 +197,7 @@ class ClassFolder:
 
     def _journal(self, **entry):
         self.tried.add(entry["url"])
-        with (self.state / "journal.jsonl").open("ab") as file:
-            # The newline comes first: a line that a kill cut short then does not swallow this one.
-            file.write(b"\n" + json.dumps(entry).encode())
+        self._journal_file.append(entry)
 
     def _commit(self):
         """Replace the three lists, in one step for readers that go through folder.py."""
@@ -181,21 +207,48 @@ class ClassFolder:
             (new / name).write_bytes("".join(row[column] + "\n" for row in self.rows).encode("utf-8"))
         new.rename(self.state / "lists")
         self._move_lists()
+        self._num_listed = len(self.rows)
 
     def _move_lists(self):
+        self._added_file.close()
+        (self.state / ADDED).unlink(missing_ok=True)  # the staged lists have it
         for name in (CAPTIONS, URLS, PATHS):
             if (self.state / "lists" / name).exists():
                 (self.state / "lists" / name).replace(self.path / name)
         shutil.rmtree(self.state / "lists")
 
 
-def _fingerprints_of(path: Path) -> tuple[str, str] | None:
-    """Hashes of a picture that this program did not write, or None when it does not decode."""
+class AppendedFile:
+    """A file of JSON lines that is only ever added to; it stays open between lines, and is made with the first."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = None
+
+    def append(self, value):
+        """Add a line, at once."""
+        if self._file is None:
+            self._file = self.path.open("ab", buffering=0)
+        # The newline comes first: a line that a kill cut short then does not swallow this one.
+        line = b"\n" + json.dumps(value).encode()
+        if self._file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    def close(self):
+        """Let go of the file; the next line opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _look_at(path: Path) -> tuple[tuple[str, str], Look] | None:
+    """(hashes, look) of an image that this program did not write, or None when it does not decode."""
     encoded = path.read_bytes()
     try:
-        return hashlib.sha256(encoded).hexdigest(), to_class_image(encoded, min_size=1)[1]
+        _, pixels, look = to_class_image(encoded, min_size=1)
     except Rejected:
         return None
+    return (hashlib.sha256(encoded).hexdigest(), pixels), look
 
 
 def _sha256_of(path: Path) -> str | None:
