@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+import warnings
 from contextlib import contextmanager
 from io import BytesIO
 
@@ -21,6 +22,7 @@ ALL_DECODING_BYTES = 300_000_000  # for all that are decoded at a time
 MAX_SIDE = 2048  # of the written JPEG; training resizes the shorter side to 512-1024
 JPEG_QUALITY = 95
 TOO_SMALL = "too small"
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bounds here are lower
 
 
 class Rejected(Exception):
