@@ -157,6 +157,13 @@ def test_formats_that_browsers_show_are_read(kind):
     assert Image.open(BytesIO(to_class_image(encode(picture(1), kind), min_size=100)[0])).size == (400, 300)
 
 
+def test_of_several_images_in_one_file_the_first_is_read():
+    for kind in ("MPO", "GIF", "WEBP"):
+        encoded = encode(picture(1), kind, save_all=True, append_images=[picture(2)])
+        _, _, look = to_class_image(encoded, min_size=100)
+        assert look.is_copy_of(look_of(picture(1)))
+
+
 LARGEST = {  # the most pixels of each that are taken, in the mode that costs most
     "webp": ((4096, 3276), "RGBA", {"format": "WEBP", "lossless": True, "quality": 0, "method": 0}),
     "png": ((6000, 4066), "RGBA", {"format": "PNG", "compress_level": 1}),
