@@ -1,5 +1,7 @@
 """The class folder: read wherever it is, whole at every moment."""
 
+import contextlib
+import errno
 import shutil
 
 import pytest
@@ -123,6 +125,41 @@ def test_killed_before_any_single_step_nothing_is_lost_or_misaligned(tmp_path, m
         if finished:
             break
     assert finished and survive > 8
+
+
+@pytest.mark.parametrize("full_at", range(12))
+def test_a_disk_that_is_full_from_any_step_on_leaves_the_lists_aligned(tmp_path, monkeypatch, full_at):
+    from pathlib import Path
+
+    filled(tmp_path, 2)
+    folder = ClassFolder(tmp_path, 256)
+    folder.open()
+    left = [full_at]
+
+    def failing(step):
+        def write(self, *args, **kwargs):
+            if left[0] == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            left[0] -= 1
+            return step(self, *args, **kwargs)
+
+        return write
+
+    for owner, name in ((Path, "write_bytes"), (Path, "mkdir"), (AppendedFile, "append")):
+        monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
+    with contextlib.suppress(OSError):
+        add(folder, 2)
+        add(folder, 3)
+    with contextlib.suppress(OSError):
+        folder.close()
+    monkeypatch.undo()
+    lists = [(tmp_path / name).read_text().splitlines() for name in ("images.txt", "caption.txt", "urls.txt")]
+    assert len({len(column) for column in lists}) == 1
+    kept = read_class_folder(tmp_path)
+    assert kept == [(tmp_path / f"images/{n}.jpg", f"caption {n}") for n in range(len(kept))] and len(kept) >= 2
+    again = filled(tmp_path, 0)
+    assert read_class_folder(tmp_path) == [(tmp_path / row[0], row[1]) for row in again.rows]
+    assert len(list((tmp_path / "images").iterdir())) == len(again.rows) >= len(kept)
 
 
 def test_a_journal_line_cut_short_is_passed_over(tmp_path):

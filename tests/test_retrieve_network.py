@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from custom_diffusion.retrieval.backend import KnnBackend
 from custom_diffusion.retrieval.candidates import SourceError
 from custom_diffusion.retrieval.download import Downloader
 from custom_diffusion.retrieval.looks import Looks, look_of
-from custom_diffusion.retrieval.pictures import Rejected, to_class_image
+from custom_diffusion.retrieval.pictures import FORMATS, Rejected, known_formats, to_class_image
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = [Image.open(path).convert("RGB") for path in sorted((ROOT / "demo/class_images").glob("*.png"))]
@@ -149,9 +150,18 @@ def test_formats_that_browsers_do_not_show_are_refused(kind):
         to_class_image(encode(picture(1, (256, 256)), kind), min_size=100)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", FORMATS)
 def test_formats_that_browsers_show_are_read(kind):
+    if kind not in known_formats():
+        pytest.skip("this Pillow does not read it")
     assert Image.open(BytesIO(to_class_image(encode(picture(1), kind), min_size=100)[0])).size == (400, 300)
+
+
+def test_of_several_images_in_one_file_the_first_is_read():
+    for kind in ("MPO", "GIF", "WEBP"):
+        encoded = encode(picture(1), kind, save_all=True, append_images=[picture(2)])
+        _, _, look = to_class_image(encoded, min_size=100)
+        assert look.is_copy_of(look_of(picture(1)))
 
 
 LARGEST = {  # the most pixels of each that are taken, in the mode that costs most
@@ -338,6 +348,28 @@ def test_a_second_answer_of_a_name_server_changes_nothing(loopback_2_is_public, 
 
         assert asyncio.run(fetch_some()) == [body(n, "") for n in range(3)]
     assert inside.requests == [] and len(outside.requests) == 3
+
+
+def test_a_proxy_is_asked_but_not_for_private_addresses(monkeypatch):
+    asked = []
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body(1, ""))
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.server_address[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        assert fetch("http://images.invalid/1") == body(1, "")
+        for host in ("10.0.0.1", "localhost"):
+            with pytest.raises(Rejected, match="address on a private network"):
+                fetch(f"http://{host}/1")
+        proxy.shutdown()
+    assert asked == ["http://images.invalid/1"]
 
 
 def test_a_public_backend_does_not_lead_to_private_networks(loopback_2_is_public, tmp_path, capsys):

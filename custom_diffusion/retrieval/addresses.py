@@ -12,7 +12,7 @@ from yarl import URL
 from custom_diffusion.retrieval.pictures import Rejected
 
 MAX_LOOKUPS = 128  # at a time; a look-up only waits, in a thread of its own
-PRIVATE = "address on a private network"
+PRIVATE = "address on a private network (reached with --allow_private)"
 
 
 def is_public(address: str) -> bool:
@@ -104,7 +104,7 @@ class Resolver(AbstractResolver):
             found = await self._ask_name_servers(host)
         allowed = [(kind, address) for kind, address in found if not self.public_only or is_public(address)]
         if not allowed:
-            raise Rejected(PRIVATE, lasting=False)  # it will do with --allow_private
+            raise Rejected(PRIVATE, lasting=False)
         return allowed
 
     async def _ask_name_servers(self, host):

@@ -247,8 +247,8 @@ class _Pass:
         try:
             await self.downloader.look_up(url)
             self.hosts.is_found(place)
-        except Rejected as rejected:
-            self.hosts.give_up(place, str(rejected))
+        except Exception as error:  # nothing about one host ends a run
+            self.hosts.give_up(place, str(_as_rejected(error)))
             self._reject_given_up(place)
         finally:
             self.num_looking_up -= 1
@@ -276,10 +276,8 @@ class _Pass:
         """
         try:
             return await self._decode(await encoded)
-        except Rejected as rejected:
-            return rejected
         except Exception as error:  # nothing about one candidate ends a run
-            return Rejected(f"failed ({type(error).__name__})", lasting=False)
+            return _as_rejected(error)
 
     async def _decode(self, encoded):
         file_hash = hashlib.sha256(encoded).hexdigest()
@@ -293,6 +291,11 @@ class _Pass:
     def _reject_given_up(self, place):
         reason, rows = self.hosts.take_given_up(place)
         self.finished += [(number, candidate, Rejected(reason, lasting=False)) for number, candidate in rows]
+
+
+def _as_rejected(error):
+    """Whatever went wrong, as the reason of one candidate."""
+    return error if isinstance(error, Rejected) else Rejected(f"failed ({type(error).__name__})", lasting=False)
 
 
 class _Feed:

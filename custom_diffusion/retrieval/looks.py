@@ -1,9 +1,9 @@
 """What images look like, to tell recompressed and resized copies of one image from different images.
 
 Two images count as one when their difference hashes (dhash, 16 x 16, rows and columns) agree and no cell of a 16 x 16 colour
-miniature differs much. Measured on photographs, renderings and both on white ground: JPEG at quality 30 to 95, WebP, GIF
-and sizes from 0.4 to 2 stayed below both bounds, every pair of different images was above one of them. The discrete-cosine hash
-separated these less well, and would bring SciPy.
+miniature differs much. Measured on 31 photographs and 165 renderings, on their own and on white ground: 370 of 372 copies of the
+photographs (JPEG at quality 30 to 95, WebP, GIF, sizes from 0.4 to 2) were recognised, and no two different images were taken for one. The
+discrete-cosine hash separated these less well, and would bring SciPy.
 """
 
 import base64

@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+import warnings
 from contextlib import contextmanager
 from io import BytesIO
 
@@ -9,8 +10,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from custom_diffusion.retrieval.looks import Look, look_of
 
-# What browsers show, and TIFF. Pillow knows more: it would start Ghostscript on an EPS file.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+# What browsers show, and TIFF. Pillow knows more: it would start Ghostscript on an EPS file. A JPEG may turn out to be an MPO,
+# several of them in one file.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 # Most that Pillow and its libraries took per pixel of the file, as measured with 24 million pixels: the kinds of JPEG that
 # come in passes are held whole, WebP is drawn on two canvases before it is copied.
 BYTES_PER_PIXEL = {"WEBP": 20, "AVIF": 16}
@@ -21,6 +23,7 @@ ALL_DECODING_BYTES = 300_000_000  # for all that are decoded at a time
 MAX_SIDE = 2048  # of the written JPEG; training resizes the shorter side to 512-1024
 JPEG_QUALITY = 95
 TOO_SMALL = "too small"
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bounds here are lower
 
 
 class Rejected(Exception):
