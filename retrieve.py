@@ -7,7 +7,6 @@ Writes <class_data_dir>/images/N.jpg, caption.txt, urls.txt and images.txt: line
 """
 
 import argparse
-import json
 import os
 import shlex
 import signal
@@ -15,6 +14,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from custom_diffusion.cli.concepts import read_concepts_list
 from custom_diffusion.retrieval.backend import LAION_URL, KnnBackend, default_url
 from custom_diffusion.retrieval.candidates import Source, SourceError
 from custom_diffusion.retrieval.captions import ClassWords, words
@@ -151,25 +151,21 @@ def read_classes(args: argparse.Namespace) -> list[tuple[str, Path]]:
     if args.concepts_list is None:
         return [(args.class_prompt, args.class_data_dir)]
     try:
-        concepts = json.loads(args.concepts_list.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--concepts_list: cannot read {args.concepts_list}: {error.strerror}") from None
+        entries = read_concepts_list(args.concepts_list)
     except ValueError as error:
-        raise ValueError(f"--concepts_list: {args.concepts_list} is not valid JSON: {error}") from None
-    if not isinstance(concepts, list) or not concepts or not all(isinstance(concept, dict) for concept in concepts):
-        raise ValueError(f"--concepts_list: {args.concepts_list} must hold a list of concepts, [{{...}}, ...]")
+        raise ValueError(f"--concepts_list: {error}") from None
     classes = {}
-    for number, concept in enumerate(concepts, start=1):
+    for source, concept in entries:
         for key in ("class_prompt", "class_data_dir"):
             if not isinstance(concept.get(key), str) or not concept[key].strip():
-                raise ValueError(f"--concepts_list: {args.concepts_list}, concept {number}: {key!r} is missing; add it")
+                raise ValueError(f"--concepts_list: {source}: {key!r} is missing; add it")
         prompt, folder = concept["class_prompt"], Path(concept["class_data_dir"])
         if not words(prompt):
-            raise ValueError(f"--concepts_list: {args.concepts_list}, concept {number}: 'class_prompt' has no word")
+            raise ValueError(f"--concepts_list: {source}: 'class_prompt' has no word")
         if classes.setdefault(folder.resolve(), (prompt, folder))[0] != prompt:
             raise ValueError(
-                f"--concepts_list: {args.concepts_list}, concept {number}: {folder} is already the folder of another "
-                f"class; give each class a 'class_data_dir' of its own"
+                f"--concepts_list: {source}: {folder} is already the folder of another class; give each class a "
+                "'class_data_dir' of its own"
             )
     return list(classes.values())
 
@@ -308,7 +304,7 @@ def _nothing_reached(failures, args):
         "cannot be reached from here either. Two commands that work:\n"
         f"  python retrieve.py {what} --dataset FILE_OR_FOLDER_OF_CAPTIONED_IMAGES\n"
         f"  python retrieve.py {what} --client_url http://localhost:1234/knn-service --indice_name NAME\n"
-        "README.md shows under 'Class images' how to prepare either. In detail: " + "; ".join(failures)
+        "docs/class_images.md shows how to prepare either. In detail: " + "; ".join(failures)
     )
 
 

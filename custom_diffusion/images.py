@@ -21,6 +21,8 @@ def find_images(folder: Path) -> list[Path]:
 def _looks_like_image(path):
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return True
+    from PIL import Image
+
     try:
         with Image.open(path):
             return True
@@ -28,8 +30,14 @@ def _looks_like_image(path):
         return False
 
 
+class UnreadableImage(ValueError):
+    """An image that decodes, but whose values do not say what they look like."""
+
+
 def open_image(path: Path) -> Image.Image:
-    """The image, decoded, upright as its EXIF says, as `to_rgb` makes it. Raises what Pillow raises, and ValueError."""
+    """The image, decoded, upright as its EXIF says, as `to_rgb` makes it. Raises what Pillow raises, and UnreadableImage."""
+    from PIL import Image
+
     with Image.open(path) as image:
         return to_rgb(ImageOps.exif_transpose(image))
 
@@ -38,10 +46,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """The image as 8-bit RGB: transparency flattened on white, 16 bits scaled down rather than clipped.
 
     Raises:
-        ValueError: floating-point values, of which nobody can tell which is white.
+        UnreadableImage: floating-point values, of which nobody can tell which is white.
     """
     if image.mode == "F":
-        raise ValueError("floating-point image")
+        raise UnreadableImage("floating-point image")
     if image.mode.startswith("I"):
         image = image.convert("I")
         # 16-bit grey opens as "I" or "I;16"; an "I" that stays within 8 bits is left alone.
@@ -49,7 +57,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.point(lambda value: value * scale + 0.5).convert("L")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
+        from PIL import Image
+
         canvas = Image.new("RGB", image.size, "white")
         canvas.paste(image, mask=image.getchannel("A"))
         return canvas
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

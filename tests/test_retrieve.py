@@ -282,7 +282,7 @@ def test_every_concept_of_a_list(run, tmp_path):
     [
         ("[", "not valid JSON"),
         ("{}", "a list of concepts"),
-        ('[{"class_prompt": "cat"}]', "concept 1: 'class_data_dir' is missing"),
+        ('[{"class_prompt": "cat"}]', "concept 1 at line 1: 'class_data_dir' is missing"),
         (
             '[{"class_prompt": "cat", "class_data_dir": "a"}, {"class_prompt": "dog", "class_data_dir": "a"}]',
             "another class",
@@ -294,6 +294,13 @@ def test_a_bad_concepts_list_is_named(run, tmp_path, text, said):
     path.write_text(text)
     status, _, err = run("--concepts_list", path, class_prompt=None)
     assert status == 2 and said in err and str(path) in err
+
+
+def test_a_concepts_list_with_a_byte_order_mark_is_read_as_in_training(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text('\ufeff[{"class_prompt": "cat", "class_data_dir": "a"}]', encoding="utf-8")
+    args = retrieve.parse_args(["--concepts_list", str(path)])
+    assert retrieve.read_classes(args) == [("cat", Path("a"))]
 
 
 def test_at_most_a_few_requests_a_host_at_a_time(run):
@@ -416,7 +423,7 @@ def test_a_banner_is_bounded_and_small_ones_may_do_later(run, tmp_path):
 
 
 def test_long_side_is_bounded():
-    from custom_diffusion.retrieval.pictures import MAX_SIDE, Rejected, to_class_image
+    from custom_diffusion.retrieval.class_image import MAX_SIDE, Rejected, to_class_image
 
     jpeg, _, _ = to_class_image(encode(picture(1, (6000, 3000))), min_size=256)
     assert max(Image.open(BytesIO(jpeg)).size) <= MAX_SIDE

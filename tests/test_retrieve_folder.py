@@ -8,7 +8,7 @@ import pytest
 from retrieval_server import body
 
 from custom_diffusion.class_folder import read_class_folder
-from custom_diffusion.retrieval.pictures import to_class_image
+from custom_diffusion.retrieval.class_image import to_class_image
 from custom_diffusion.retrieval.writer import AppendedFile, ClassFolder
 
 

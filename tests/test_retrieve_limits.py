@@ -12,8 +12,8 @@ from tiny import make_pictures
 
 import retrieve
 from custom_diffusion.class_folder import CAPTIONS, PATHS, URLS, read_class_folder
-from custom_diffusion.retrieval import pictures
-from custom_diffusion.retrieval.pictures import Rejected, to_class_image
+from custom_diffusion.retrieval import class_image
+from custom_diffusion.retrieval.class_image import Rejected, to_class_image
 from custom_diffusion.tools.merge import regularisation_captions
 
 # Whatever str.splitlines cuts at.
@@ -92,7 +92,7 @@ def test_an_image_of_too_many_pixels_is_not_decoded():
 
 
 def test_the_limit_itself_is_allowed(monkeypatch):
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 64 * 48)
+    monkeypatch.setattr(class_image, "MAX_DECODING_BYTES", 64 * 48 * class_image.OTHER_BYTES_PER_PIXEL)
     to_class_image(encoded(64, 48), min_size=1)
     for size in ((65, 48), (64, 49)):
         with pytest.raises(Rejected, match="more pixels than allowed"):

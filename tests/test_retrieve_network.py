@@ -23,9 +23,9 @@ from custom_diffusion.class_folder import read_class_folder
 from custom_diffusion.retrieval import addresses, collect
 from custom_diffusion.retrieval.backend import KnnBackend
 from custom_diffusion.retrieval.candidates import SourceError
+from custom_diffusion.retrieval.class_image import FORMATS, Rejected, known_formats, to_class_image
 from custom_diffusion.retrieval.download import Downloader
 from custom_diffusion.retrieval.looks import Looks, look_of
-from custom_diffusion.retrieval.pictures import FORMATS, Rejected, known_formats, to_class_image
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = [Image.open(path).convert("RGB") for path in sorted((ROOT / "demo/class_images").glob("*.png"))]
@@ -126,7 +126,7 @@ def test_what_is_compressed_without_being_asked_for_is_not_inflated():
     code = """if True:
         import asyncio, sys
         from custom_diffusion.retrieval.download import Downloader
-        from custom_diffusion.retrieval.pictures import Rejected
+        from custom_diffusion.retrieval.class_image import Rejected
         async def fetch():
             async with Downloader(20, True, True) as downloader:
                 try:
@@ -182,7 +182,7 @@ def test_two_decoders_at_a_time_stay_below_500_megabytes(name, tmp_path):
         import sys, threading
         from pathlib import Path
         from custom_diffusion.retrieval import collect
-        from custom_diffusion.retrieval.pictures import to_class_image
+        from custom_diffusion.retrieval.class_image import to_class_image
         encoded = Path(sys.argv[1]).read_bytes()
         threads = [threading.Thread(target=lambda: print(len(to_class_image(encoded, 256)[0]))) for _ in range(2)]
         [thread.start() for thread in threads]

@@ -88,7 +88,7 @@ def test_however_often_it_is_killed_every_candidate_is_settled_once_and_few_rows
             in_flight.append(candidate)
             if len(in_flight) > 8:
                 done = in_flight.pop(randomness.randrange(len(in_flight)))
-                if done.picture is not None or randomness.random() < 0.8:
+                if done.image is not None or randomness.random() < 0.8:
                     settled.add(done.url)
             if randomness.random() < 0.2:
                 scan.save(settled)

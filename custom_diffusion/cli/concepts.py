@@ -78,8 +78,12 @@ def _folder(name):
     return Path(name) if name else None
 
 
-def read_concepts_list(path):
-    """The file's entries, each with "file, line N" of where it starts. Raises ValueError for a malformed file."""
+def read_concepts_list(path: Path) -> list[tuple[str, dict]]:
+    """The entries of a concept list, each with "'file', concept N at line L" of where it starts; their values unchecked.
+
+    Raises:
+        ValueError: a file that cannot be read, or is no JSON list of objects; one line.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
         entries = json.loads(text)

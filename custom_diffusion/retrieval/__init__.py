@@ -1,1 +1,1 @@
-"""Class images from wherever the user has them: sources of (caption, url or picture), the downloader, the class folder."""
+"""Class images from wherever the user has them: sources of (caption, url or image), the downloader, the class folder."""

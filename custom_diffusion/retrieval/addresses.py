@@ -9,7 +9,7 @@ import threading
 from aiohttp.abc import AbstractResolver
 from yarl import URL
 
-from custom_diffusion.retrieval.pictures import Rejected
+from custom_diffusion.retrieval.class_image import Rejected
 
 MAX_LOOKUPS = 128  # at a time; a look-up only waits, in a thread of its own
 PRIVATE = "address on a private network (reached with --allow_private)"

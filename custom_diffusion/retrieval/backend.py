@@ -28,7 +28,7 @@ class KnnBackend:
     Args:
         url: of the service; `/knn-service` is added to a bare `http://host:port`.
         indice_name: the index to search, as the backend's `indices_paths.json` names it.
-        aesthetic_weight: 0 to 1; how far beautiful pictures are preferred (ignored by backends without that model).
+        aesthetic_weight: 0 to 1; how far beautiful images are preferred (ignored by backends without that model).
         min_similarity: least CLIP similarity of a row to the class prompt, or None.
     Attributes:
         is_own: whether it is on a private network, where its rows may name other addresses; known after `check`.
@@ -127,7 +127,7 @@ class KnnBackend:
 
     def _request(self, method, url, seconds, max_bytes, body=None):
         """(status, text) of an answer."""
-        from custom_diffusion.retrieval.pictures import Rejected
+        from custom_diffusion.retrieval.class_image import Rejected
 
         try:
             return asyncio.run(self._ask(method, url, seconds, max_bytes, body))
@@ -163,12 +163,12 @@ def _similarity(row):
 
 
 def _candidate(row, class_prompt):
-    """A row as a candidate, or None when it has neither an address nor the picture itself."""
+    """A row as a candidate, or None when it has neither an address nor the image itself."""
     caption = one_line(row.get("caption")) or class_prompt
     url = one_line(row.get("url"))
     if is_web_url(url):
         return Candidate(caption, url)
-    # An index of pictures on the backend's own disk: the row brings the picture, base64-encoded.
+    # An index of images on the backend's own disk: the row brings the image, base64-encoded.
     if isinstance(row.get("image"), str) and one_line(row.get("image_path")):
         import base64
 
@@ -185,7 +185,7 @@ def _candidate(row, class_prompt):
 def _explain_status(status, indice_name):
     if status >= 500:
         return (
-            f"it answered {status} (it says so for an empty index too, and when a picture in the index is RGBA); see the "
+            f"it answered {status} (it says so for an empty index too, and when an image in the index is RGBA); see the "
             f"backend's own log, or try another index than {indice_name!r} with --indice_name"
         )
     if status in (404, 405):

@@ -20,14 +20,14 @@ class Candidate:
 
     Args:
         caption: one line, never empty.
-        url: one line, the candidate's identity: an http(s) address to download, or, with `picture`, where the image came
+        url: one line, the candidate's identity: an http(s) address to download, or, with `image`, where the image came
             from, different for each image and the same in every run.
-        picture: the encoded file itself, when the source has it.
+        image: the encoded file itself, when the source has it.
     """
 
     caption: str
     url: str
-    picture: bytes | None = None
+    image: bytes | None = None
 
 
 class Source(Protocol):

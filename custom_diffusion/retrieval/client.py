@@ -9,14 +9,14 @@ import aiohttp
 import httpx
 
 from custom_diffusion.retrieval.addresses import PRIVATE, Resolver, host_and_port, is_public, literal_address
-from custom_diffusion.retrieval.pictures import Rejected
+from custom_diffusion.retrieval.class_image import Rejected
 
 MAX_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
 IDLE_SECONDS = (
     1  # that a connection is kept for the host's next image; thousands of hosts must not use up the open files
 )
-USER_AGENT = "custom-diffusion-retrieve/0.1 (fetches captioned pictures for training; one pass, no crawling)"
+USER_AGENT = "custom-diffusion-retrieve/0.1 (fetches captioned images for training; one pass, no crawling)"
 
 
 class NoAnswer(Rejected):

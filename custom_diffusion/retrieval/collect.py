@@ -13,15 +13,15 @@ from tqdm import tqdm
 
 from custom_diffusion.retrieval.addresses import host_and_port
 from custom_diffusion.retrieval.candidates import Candidate
+from custom_diffusion.retrieval.class_image import Rejected, to_class_image
 from custom_diffusion.retrieval.client import NoAnswer
 from custom_diffusion.retrieval.download import Downloader
 from custom_diffusion.retrieval.hosts import Hosts
-from custom_diffusion.retrieval.pictures import Rejected, to_class_image
 from custom_diffusion.retrieval.writer import ClassFolder
 
 PROGRESS_SECONDS = 0.2
 LOOK_AROUND_SECONDS = 0.2
-SPARE_DOWNLOADS = 4  # beyond two for each picture still missing, so that slow hosts do not hold up the last ones
+SPARE_DOWNLOADS = 4  # beyond two for each image still missing, so that slow hosts do not hold up the last ones
 
 LOOKUPS_PER_WORKER = 4  # of host names at a time: they only wait
 MAX_WAITING = 1000  # candidates that wait for busy or silent hosts, before no more are read
@@ -207,7 +207,7 @@ class _Pass:
         ):
             candidate = feed.get()
             self.num_taken += 1
-            if candidate.picture is not None:
+            if candidate.image is not None:
                 self.brought.append((self.num_taken, candidate))
             else:
                 self._let_wait(self.num_taken, candidate)
@@ -266,7 +266,7 @@ class _Pass:
         self.is_decoding = False
 
     async def _brought(self, candidate):
-        return candidate.picture
+        return candidate.image
 
     async def _outcome(self, candidate, encoded):
         """(JPEG, fingerprints, look) or Rejected, whatever goes wrong.
@@ -335,7 +335,7 @@ class _Feed:
         self._room_for_brought.release()
 
     def _room_of(self, item):
-        return self._room if item.picture is None else self._room_for_brought
+        return self._room if item.image is None else self._room_for_brought
 
     def _fill(self, iterator):
         try:

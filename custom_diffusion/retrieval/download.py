@@ -1,7 +1,7 @@
 """Fetch one image over HTTP."""
 
+from custom_diffusion.retrieval.class_image import Rejected
 from custom_diffusion.retrieval.client import Client
-from custom_diffusion.retrieval.pictures import Rejected
 
 MAX_BYTES = 20_000_000
 ACCEPT = "image/*,*/*;q=0.5"

@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from custom_diffusion.images import IMAGE_SUFFIXES
 from custom_diffusion.retrieval.candidates import SourceError
 from custom_diffusion.retrieval.captions import ClassWords
 from custom_diffusion.retrieval.hub import signature
 from custom_diffusion.retrieval.tables import KINDS_BY_SUFFIX, RowsBatch
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 class ImageFolder:

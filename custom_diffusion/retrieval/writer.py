@@ -16,8 +16,8 @@ import shutil
 from pathlib import Path
 
 from custom_diffusion.class_folder import ADDED, CAPTIONS, PATHS, STATE_DIR, URLS, find_image, read_list
+from custom_diffusion.retrieval.class_image import TOO_SMALL, Rejected, to_class_image
 from custom_diffusion.retrieval.looks import Look, Looks
-from custom_diffusion.retrieval.pictures import TOO_SMALL, Rejected, to_class_image
 
 # Of all images, those that are added before the lists are written anew. Writing them for each image would take time that
 # grows with the square of their number.
@@ -28,8 +28,8 @@ class ClassFolder:
     """A class folder, and the memory of what it was filled from.
 
     Attributes:
-        rows: (path as `images.txt` has it, caption, URL) of each picture that counts.
-        dropped: lines of `images.txt` whose picture is gone or does not decode; they leave the lists at `open`.
+        rows: (path as `images.txt` has it, caption, URL) of each image that counts.
+        dropped: lines of `images.txt` whose image is gone or does not decode; they leave the lists at `open`.
         tried: URLs not to ask for again: kept, removed by the user, or turned down for good.
         fingerprints: SHA-256 of the files seen so far, as they came and as they are kept.
         looks: of the images seen so far.
@@ -39,7 +39,7 @@ class ClassFolder:
         """Read the folder; nothing is written before `open`.
 
         Args:
-            min_size: least shorter side, pixels, of pictures to come; what was too small for a larger one may be tried again.
+            min_size: least shorter side, pixels, of images to come; what was too small for a larger one may be tried again.
         Raises:
             ValueError: the lists differ in length; one line.
         """
@@ -88,7 +88,7 @@ class ClassFolder:
         if len(set(counts.values())) > 1:
             described = ", ".join(f"{name} has {count} lines" for name, count in counts.items())
             raise ValueError(
-                f"{self.path}: {described}, so it cannot be known which caption belongs to which picture; mend the lists, "
+                f"{self.path}: {described}, so it cannot be known which caption belongs to which image; mend the lists, "
                 f"or give an empty folder as --class_data_dir"
             )
         return list(zip(*lists.values()))
@@ -119,7 +119,7 @@ class ClassFolder:
         self._settle()
 
     def close(self):
-        """Let other processes fill the folder; a picture whose adding Ctrl-C or SIGTERM interrupted is listed first."""
+        """Let other processes fill the folder; an image whose adding Ctrl-C or SIGTERM interrupted is listed first."""
         try:
             if self._unsettled:
                 self._settle()
@@ -144,7 +144,7 @@ class ClassFolder:
         self._unsettled = False
 
     def _recover_last(self) -> bool:
-        """Take up the picture that a killed run had journaled but not yet listed."""
+        """Take up the image that a killed run had journaled but not yet listed."""
         part = self.state / "part.jpg"
         entry = next((e for e in reversed(self.journal) if e.get("name")), None)
         recovered = False
@@ -264,7 +264,10 @@ def _lock(path: Path, folder: Path):
     file = path.open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.close()
         raise ValueError(f"{folder}: another retrieve.py is filling this folder; wait for it or stop it") from None
+    except OSError:  # a file system without locks; as on Windows
+        file.close()
+        return None
     return file

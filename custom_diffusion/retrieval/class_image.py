@@ -8,6 +8,7 @@ from io import BytesIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from custom_diffusion.images import UnreadableImage, to_rgb
 from custom_diffusion.retrieval.looks import Look, look_of
 
 # What browsers show, and TIFF. Pillow knows more: it would start Ghostscript on an EPS file. A JPEG may turn out to be an MPO,
@@ -70,6 +71,8 @@ def _decode(encoded, min_size):
         raise Rejected("more pixels than allowed") from None
     except UnidentifiedImageError:
         raise Rejected("not an image in a known format") from None
+    except UnreadableImage as error:
+        raise Rejected(str(error)) from None
     except Rejected:
         raise
     except Exception as error:  # Pillow's plugins raise a dozen kinds on damaged files
@@ -95,23 +98,6 @@ def _read_upright(opened):
         opened.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     ImageOps.exif_transpose(opened, in_place=True)
     return opened
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image as 8-bit RGB, transparency flattened on white, 16 bits scaled down rather than clipped."""
-    if image.mode == "F":
-        raise Rejected("floating-point image")  # no telling which value is white
-    if image.mode.startswith("I"):
-        image = image.convert("I")
-        # 16-bit grey opens as "I" or "I;16"; an "I" that stays within 8 bits is left alone.
-        scale = 1 / 257 if image.getextrema()[1] > 255 else 1
-        image = image.point(lambda value: value * scale + 0.5).convert("L")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGB", image.size, "white")
-        canvas.paste(image, mask=image.getchannel("A"))
-        return canvas
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 _room = threading.Condition()
