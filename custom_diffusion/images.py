@@ -1,11 +1,16 @@
 """Image files: which ones there are, and how any of them becomes pixels.
 
-Training, its checks and retrieval all read images by this module, so that all of them see the same pixels.
+Training, its checks and retrieval all read images by this module, so that all of them see the same pixels. Pillow is
+imported when it is needed: the flags of both scripts are checked by way of this module, and answer at once.
 """
 
-from pathlib import Path
+from __future__ import annotations
 
-from PIL import Image, ImageOps
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # What people call images; a file with such a name that does not decode is an error, any other file is passed over.
 IMAGE_SUFFIXES = {
@@ -36,7 +41,7 @@ class UnreadableImage(ValueError):
 
 def open_image(path: Path) -> Image.Image:
     """The image, decoded, upright as its EXIF says, as `to_rgb` makes it. Raises what Pillow raises, and UnreadableImage."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     with Image.open(path) as image:
         return to_rgb(ImageOps.exif_transpose(image))
@@ -56,9 +61,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         scale = 1 / 257 if image.getextrema()[1] > 255 else 1
         image = image.point(lambda value: value * scale + 0.5).convert("L")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
         from PIL import Image
 
+        image = image.convert("RGBA")
         canvas = Image.new("RGB", image.size, "white")
         canvas.paste(image, mask=image.getchannel("A"))
         return canvas
