@@ -7,7 +7,9 @@ Writes <class_data_dir>/images/N.jpg, caption.txt, urls.txt and images.txt: line
 """
 
 import argparse
+import importlib
 import os
+import pkgutil
 import shlex
 import signal
 import sys
@@ -15,16 +17,18 @@ from collections import Counter
 from pathlib import Path
 
 from custom_diffusion.cli.concepts import read_concepts_list
-from custom_diffusion.retrieval.backend import LAION_URL, KnnBackend, default_url
+from custom_diffusion.retrieval import sources
 from custom_diffusion.retrieval.candidates import Source, SourceError
 from custom_diffusion.retrieval.captions import ClassWords, words
-from custom_diffusion.retrieval.columns import NSFW, TOO_SMALL, WATERMARK, Limits
-from custom_diffusion.retrieval.dataset import CaptionedDataset
+from custom_diffusion.retrieval.columns import NSFW, TOO_SMALL, WATERMARK
 from custom_diffusion.retrieval.scan import NOT_WANTED, Scan
+from custom_diffusion.retrieval.sources.dataset import DEFAULT_DATASET
 
-DEFAULT_DATASET = "kakaobrain/coyo-700m"  # 747 million captions and URLs, open to everybody
-INDICE_NAME, AESTHETIC_WEIGHT = "laion_400m", 0.1  # the reference script's
-MAX_NSFW = MAX_WATERMARK = 0.5
+# In the order in which they are asked.
+SOURCES = [
+    importlib.import_module(f"{sources.__name__}.{name}")
+    for name in sorted(module.name for module in pkgutil.iter_modules(sources.__path__))
+]
 SAVE_SECONDS = 2  # between two notes of how far a dataset has been read
 SHARE_WITHOUT_WORDS = 0.3  # of a backend's images; more may show something else
 
@@ -42,20 +46,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="JSON",
         help="instead of the two above: every concept's class of this list",
     )
-    add("--client_url", help="clip-retrieval backend (default: $CLIP_RETRIEVAL_URL, else LAION's, gone since 2024)")
-    add("--indice_name", help=f"the backend's index (default: {INDICE_NAME})")
-    add("--aesthetic_weight", type=float, metavar="W", help=f"0 to 1; the backend's (default: {AESTHETIC_WEIGHT})")
-    add(
-        "--min_similarity", type=float, metavar="S", help="least CLIP similarity of a backend's row to the class prompt"
-    )
-    add(
-        "--dataset", metavar="NAME_OR_PATH", help="captioned dataset: of the Hugging Face Hub, a local file or a folder"
-    )
-    add("--split", help="of the dataset (default: train)")
-    add("--caption_column", help="of the dataset (default: detected, as are the next two)")
-    column = parser.add_mutually_exclusive_group()
-    column.add_argument("--url_column", help="column with addresses of images")
-    column.add_argument("--image_column", help="column with the images themselves")
+    for source in SOURCES:
+        source.add_flags(parser)
     add(
         "--min_size",
         type=int,
@@ -67,18 +59,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--also", action="append", default=[], metavar="WORD", help="another name of the class: kitten; may be repeated"
     )
     add("--without", action="append", default=[], metavar="WORD", help="leave out captions with it; may be repeated")
-    add(
-        "--max_nsfw",
-        type=float,
-        metavar="P",
-        help=f"greatest NSFW probability in the dataset's columns; 1 takes all (default: {MAX_NSFW})",
-    )
-    add(
-        "--max_watermark",
-        type=float,
-        metavar="P",
-        help=f"greatest watermark probability in the dataset's columns; 1 takes all (default: {MAX_WATERMARK})",
-    )
     add(
         "--allow_private",
         action="store_true",
@@ -110,22 +90,9 @@ def _problems(args):
     for name in ("num_class_images", "min_size", "num_workers", "timeout"):
         if not 0 < getattr(args, name) < float("inf"):
             yield f"--{name}: must be more than 0, is {getattr(args, name)}"
-    for name in ("aesthetic_weight", "max_nsfw", "max_watermark"):
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
-            yield f"--{name}: must be from 0 to 1, is {getattr(args, name)}"
-    if args.min_similarity is not None and not -1 <= args.min_similarity <= 1:
-        yield f"--min_similarity: must be from -1 to 1, is {args.min_similarity}"
-    if args.client_url is not None and not args.client_url.startswith(("http://", "https://")):
-        yield f"--client_url: must start with http:// or https://, is {args.client_url!r}"
-    for name in ("split", "caption_column", "url_column", "image_column"):
-        if getattr(args, name) is not None and args.dataset is None:
-            yield f"--{name}: belongs to --dataset, which is missing"
-    for name in ("max_nsfw", "max_watermark"):
-        if getattr(args, name) is not None and not _uses_dataset(args):
-            yield f"--{name}: belongs to a dataset's columns, and only a backend is asked; leave it out or add --dataset"
-    for name in ("indice_name", "aesthetic_weight", "min_similarity"):
-        if getattr(args, name) is not None and not _uses_backend(args):
-            yield f"--{name}: belongs to a clip-retrieval backend, and --dataset is none; leave it out or add --client_url"
+    used = _used_sources(args)
+    for source in SOURCES:
+        yield from source.flag_problems(args, source in used)
     if args.also and args.concepts_list is not None:
         yield "--also: names one class; run each class with --class_prompt and --class_data_dir"
     for name in ("also", "without"):
@@ -134,12 +101,9 @@ def _problems(args):
                 yield f"--{name}: {text!r} has no word"
 
 
-def _uses_backend(args):
-    return args.client_url is not None or args.dataset is None
-
-
-def _uses_dataset(args):
-    return args.dataset is not None or (args.client_url is None and default_url() == LAION_URL)
+def _used_sources(args):
+    """The sources that the user named, or else those that are asked then."""
+    return [source for source in SOURCES if source.is_named(args)] or [s for s in SOURCES if s.is_default()]
 
 
 def read_classes(args: argparse.Namespace) -> list[tuple[str, Path]]:
@@ -171,19 +135,8 @@ def read_classes(args: argparse.Namespace) -> list[tuple[str, Path]]:
 
 
 def choose_sources(args: argparse.Namespace) -> list[Source]:
-    """The sources to try, in order: what the user named, else LAION's backend and then an open dataset of the Hub."""
-    sources = []
-    if _uses_backend(args):
-        weight = AESTHETIC_WEIGHT if args.aesthetic_weight is None else args.aesthetic_weight
-        url, indice_name = args.client_url or default_url(), args.indice_name or INDICE_NAME
-        sources.append(KnnBackend(url, indice_name, weight, args.min_similarity))
-    if _uses_dataset(args):
-        max_nsfw = MAX_NSFW if args.max_nsfw is None else args.max_nsfw
-        max_watermark = MAX_WATERMARK if args.max_watermark is None else args.max_watermark
-        limits = Limits(args.min_size, max_nsfw, max_watermark)
-        columns = (args.split, args.caption_column, args.url_column, args.image_column)
-        sources.append(CaptionedDataset(args.dataset or DEFAULT_DATASET, *columns, limits))
-    return sources
+    """The sources to try, in order."""
+    return [source.from_flags(args) for source in _used_sources(args)]
 
 
 def fill(wanted: ClassWords, class_data_dir: Path, sources: list[Source], args: argparse.Namespace) -> bool:
@@ -286,7 +239,7 @@ def _was_read(source, scan):
     if not scan.num_read:
         return ""
     left_out = ", ".join(f"{reason} ({count:,})" for reason, count in scan.left_out.most_common() if count)
-    matched = f", {scan.num_matched:,} of them named the class" if isinstance(source, CaptionedDataset) else ""
+    matched = f", {scan.num_matched:,} of them named the class" if scan.num_matched else ""
     return f"{source.name}: {scan.num_read:,} rows read{matched}" + (f"; left out: {left_out}" if left_out else "")
 
 

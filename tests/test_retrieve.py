@@ -18,9 +18,10 @@ from retrieval_server import BAD, GOOD, RetrievalServer, body, encode, picture
 
 import retrieve
 from custom_diffusion.class_folder import read_class_folder
-from custom_diffusion.retrieval import backend, hub
-from custom_diffusion.retrieval.backend import KnnBackend
+from custom_diffusion.retrieval import hub
 from custom_diffusion.retrieval.candidates import SourceError
+from custom_diffusion.retrieval.sources import backend
+from custom_diffusion.retrieval.sources.backend import KnnBackend
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -19,9 +19,9 @@ import retrieve
 from custom_diffusion.class_folder import read_class_folder
 from custom_diffusion.retrieval.candidates import SourceError
 from custom_diffusion.retrieval.captions import ClassWords
-from custom_diffusion.retrieval.dataset import CaptionedDataset
 from custom_diffusion.retrieval.hub import is_own_file
 from custom_diffusion.retrieval.scan import Scan
+from custom_diffusion.retrieval.sources.dataset import CaptionedDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 

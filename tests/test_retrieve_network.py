@@ -21,11 +21,11 @@ from retrieval_server import RetrievalServer, body, encode, picture
 import retrieve
 from custom_diffusion.class_folder import read_class_folder
 from custom_diffusion.retrieval import addresses, collect
-from custom_diffusion.retrieval.backend import KnnBackend
 from custom_diffusion.retrieval.candidates import SourceError
 from custom_diffusion.retrieval.class_image import FORMATS, Rejected, known_formats, to_class_image
 from custom_diffusion.retrieval.download import Downloader
 from custom_diffusion.retrieval.looks import Looks, look_of
+from custom_diffusion.retrieval.sources.backend import KnnBackend
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = [Image.open(path).convert("RGB") for path in sorted((ROOT / "demo/class_images").glob("*.png"))]

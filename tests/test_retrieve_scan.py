@@ -20,8 +20,8 @@ from custom_diffusion.class_folder import read_class_folder
 from custom_diffusion.retrieval import tables
 from custom_diffusion.retrieval.captions import ClassWords
 from custom_diffusion.retrieval.columns import Limits
-from custom_diffusion.retrieval.dataset import CaptionedDataset
 from custom_diffusion.retrieval.scan import Scan
+from custom_diffusion.retrieval.sources.dataset import CaptionedDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_ROWS = 400

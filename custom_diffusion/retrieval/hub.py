@@ -2,10 +2,10 @@
 
 import os
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from custom_diffusion.retrieval.backend import within
 from custom_diffusion.retrieval.candidates import SourceError, one_line
 from custom_diffusion.retrieval.tables import RowsBatch
 
@@ -148,3 +148,26 @@ def signature(path: str) -> list:
 def first_line(error: Exception) -> str:
     """The first line of what an error says."""
     return one_line(str(error).strip().split("\n")[0])[:200] or type(error).__name__
+
+
+def within(seconds: float, function):
+    """What `function()` returns, or TimeoutError after so many seconds of wall clock.
+
+    A client's own timeouts cover neither name look-ups nor a server that drips.
+    """
+    outcome = {}
+
+    def run():
+        try:
+            outcome["value"] = function()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["value"]

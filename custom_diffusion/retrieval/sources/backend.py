@@ -3,11 +3,11 @@
 clip-retrieval's own client turns every failure into a JSON error, and would hold diffusers and transformers back.
 """
 
+import argparse
 import asyncio
 import json
 import math
 import os
-import threading
 from collections.abc import Iterator
 from urllib.parse import urlsplit, urlunsplit
 
@@ -15,11 +15,47 @@ from custom_diffusion.retrieval.candidates import Candidate, SourceError, is_web
 from custom_diffusion.retrieval.captions import ClassWords
 from custom_diffusion.retrieval.scan import NOT_WANTED, Scan
 
+INDICE_NAME, AESTHETIC_WEIGHT = "laion_400m", 0.1  # the reference script's
 LAION_URL = "https://knn.laion.ai/knn-service"  # the reference script's; gone since early 2024
 CONNECT_SECONDS = 6  # for an answer of any kind from the server, name look-up included
 QUERY_SECONDS = 120  # a large index on disk takes that long when cold
 MAX_NUM_IMAGES = 100_000
 MAX_LIST_BYTES, MAX_ROWS_BYTES = 2**20, 2**28  # of the answers; an index of local files sends the images with the rows
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--client_url", help="clip-retrieval backend (default: $CLIP_RETRIEVAL_URL, else LAION's, gone since 2024)")
+    add("--indice_name", help=f"the backend's index (default: {INDICE_NAME})")
+    add("--aesthetic_weight", type=float, metavar="W", help=f"0 to 1; the backend's (default: {AESTHETIC_WEIGHT})")
+    add(
+        "--min_similarity", type=float, metavar="S", help="least CLIP similarity of a backend's row to the class prompt"
+    )
+
+
+def is_named(args: argparse.Namespace) -> bool:
+    return args.client_url is not None
+
+
+def is_default() -> bool:
+    return True
+
+
+def flag_problems(args: argparse.Namespace, used: bool) -> Iterator[str]:
+    if args.aesthetic_weight is not None and not 0 <= args.aesthetic_weight <= 1:
+        yield f"--aesthetic_weight: must be from 0 to 1, is {args.aesthetic_weight}"
+    if args.min_similarity is not None and not -1 <= args.min_similarity <= 1:
+        yield f"--min_similarity: must be from -1 to 1, is {args.min_similarity}"
+    if args.client_url is not None and not args.client_url.startswith(("http://", "https://")):
+        yield f"--client_url: must start with http:// or https://, is {args.client_url!r}"
+    for name in ("indice_name", "aesthetic_weight", "min_similarity"):
+        if getattr(args, name) is not None and not used:
+            yield f"--{name}: belongs to a clip-retrieval backend, and --dataset is none; leave it out or add --client_url"
+
+
+def from_flags(args: argparse.Namespace) -> "KnnBackend":
+    weight = AESTHETIC_WEIGHT if args.aesthetic_weight is None else args.aesthetic_weight
+    return KnnBackend(args.client_url or default_url(), args.indice_name or INDICE_NAME, weight, args.min_similarity)
 
 
 class KnnBackend:
@@ -191,29 +227,6 @@ def _explain_status(status, indice_name):
     if status in (404, 405):
         return f"it answered {status}; --client_url must be the address of the service, http://HOST:1234/knn-service"
     return f"it answered {status}; check --client_url"
-
-
-def within(seconds: float, function):
-    """What `function()` returns, or TimeoutError after so many seconds of wall clock.
-
-    A client's own timeouts cover neither name look-ups nor a server that drips.
-    """
-    outcome = {}
-
-    def run():
-        try:
-            outcome["value"] = function()
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise TimeoutError
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome["value"]
 
 
 def default_url() -> str:

@@ -1,5 +1,6 @@
 """Candidates from any captioned dataset: of the Hugging Face Hub, or a local file or folder, never downloaded whole."""
 
+import argparse
 import hashlib
 import json
 from collections.abc import Iterator
@@ -13,7 +14,10 @@ from custom_diffusion.retrieval.hub import HUB_SECONDS, MARK_ROWS, check_hub, fi
 from custom_diffusion.retrieval.image_folder import ImageFolder
 from custom_diffusion.retrieval.parts import find_parts
 from custom_diffusion.retrieval.scan import BROKEN, NOT_WANTED, Scan
+from custom_diffusion.retrieval.sources.backend import LAION_URL, default_url
 
+DEFAULT_DATASET = "kakaobrain/coyo-700m"  # 747 million captions and URLs, open to everybody
+MAX_NSFW = MAX_WATERMARK = 0.5
 NO_CAPTION = "rows without a caption"
 NO_COLUMNS = "rows without the columns"
 NO_IMAGE = "rows without a usable address or image"
@@ -21,6 +25,54 @@ TAR_COLUMNS = ("__url__", "__key__")  # where a webdataset sample lies
 CHECKED_PARTS, CHECKED_BATCHES = 10, 20  # in which columns are looked for
 MAX_FAILED_PARTS = 3  # of a Hub dataset in one run: the Hub may be gone
 STATE_FORMAT = 1  # of what a scan's place and key mean
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--dataset", metavar="NAME_OR_PATH", help="captioned dataset: of the Hugging Face Hub, a local file or a folder"
+    )
+    add("--split", help="of the dataset (default: train)")
+    add("--caption_column", help="of the dataset (default: detected, as are the next two)")
+    column = parser.add_mutually_exclusive_group()
+    column.add_argument("--url_column", help="column with addresses of images")
+    column.add_argument("--image_column", help="column with the images themselves")
+    for name, greatest in (("nsfw", MAX_NSFW), ("watermark", MAX_WATERMARK)):
+        add(
+            f"--max_{name}",
+            type=float,
+            metavar="P",
+            help=f"greatest {name.replace('nsfw', 'NSFW')} probability in the dataset's columns; 1 takes all (default: {greatest})",
+        )
+
+
+def is_named(args: argparse.Namespace) -> bool:
+    return args.dataset is not None
+
+
+def is_default() -> bool:
+    """LAION's backend, which is asked first then, has been gone for years."""
+    return default_url() == LAION_URL
+
+
+def flag_problems(args: argparse.Namespace, used: bool) -> Iterator[str]:
+    for name in ("max_nsfw", "max_watermark"):
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
+            yield f"--{name}: must be from 0 to 1, is {getattr(args, name)}"
+    for name in ("split", "caption_column", "url_column", "image_column"):
+        if getattr(args, name) is not None and args.dataset is None:
+            yield f"--{name}: belongs to --dataset, which is missing"
+    for name in ("max_nsfw", "max_watermark"):
+        if getattr(args, name) is not None and not used:
+            yield f"--{name}: belongs to a dataset's columns, and only a backend is asked; leave it out or add --dataset"
+
+
+def from_flags(args: argparse.Namespace) -> "CaptionedDataset":
+    max_nsfw = MAX_NSFW if args.max_nsfw is None else args.max_nsfw
+    max_watermark = MAX_WATERMARK if args.max_watermark is None else args.max_watermark
+    columns = (args.split, args.caption_column, args.url_column, args.image_column)
+    limits = Limits(args.min_size, max_nsfw, max_watermark)
+    return CaptionedDataset(args.dataset or DEFAULT_DATASET, *columns, limits)
 
 
 class CaptionedDataset:
