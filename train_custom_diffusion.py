@@ -62,7 +62,7 @@ from custom_diffusion.training.readback import read_back
 from custom_diffusion.training.reports import StepReports
 from custom_diffusion.training.run_folder import RunFolder, check_token_files
 from custom_diffusion.training.samples import Progress, SampleSettings, TrainingBatches, TrainingSamples
-from custom_diffusion.training.settings import run_settings, weights_config
+from custom_diffusion.training.settings import run_settings
 from custom_diffusion.training.stopping import (
     LOST_PROCESS,
     ProcessLost,
@@ -118,9 +118,7 @@ def main(args, concepts):
     tokenizer = load_tokenizer(source)
     check_flags_fit(args, concepts, shape, tokenizer, device)
     plan = make_plan(args, shape, accelerator)
-    settings = run_settings(
-        args, concepts, plan.tokens, accelerator.mixed_precision, plan.samples_per_step, shape.configuration
-    )
+    settings = make_settings(args, concepts, plan, shape, accelerator)
     checkpoint = open_output(args, accelerator, plan.tokens, settings)
     repo_id = share.create_repository(args, accelerator) if args.push_to_hub else None
     if args.with_prior_preservation and not args.real_prior:
@@ -135,9 +133,8 @@ def main(args, concepts):
 
     # Data: the run's sequence of samples, of which this process takes its part
     samples = make_samples(args, concepts, plan, noise_scheduler)
-    max_train_steps = args.max_train_steps or args.num_train_epochs * math.ceil(
-        samples.epoch_length / plan.samples_per_step
-    )
+    steps_per_epoch = math.ceil(samples.epoch_length / plan.samples_per_step)
+    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     progress = Progress(0, 0) if checkpoint is None else Progress(checkpoint.step, checkpoint.position)
     batches = make_batches(args, samples, progress, max_train_steps, accelerator)
     encoder = make_encoder(args, vae, batches, accelerator)
@@ -145,9 +142,7 @@ def main(args, concepts):
 
     # Optimizer and schedule, over the trained parameters alone
     optimizer = make_optimizer(args, concept_model.trained_parameters(), plan.learning_rate)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
-    )
+    lr_scheduler = make_scheduler(args, optimizer, max_train_steps)
     model, optimizer = accelerator.prepare(concept_model, optimizer)
     stateful = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
     if accelerator.scaler is not None:
@@ -169,9 +164,7 @@ def main(args, concepts):
     if progress.step == 0:
         validation.during_training(concept_model, step=0)
     reports, loss_scale = StepReports(accelerator), LossScale(accelerator.scaler, output_dir)
-    bar = ProgressBar(
-        total=max_train_steps, initial=progress.step, desc="Steps", disable=not accelerator.is_local_main_process
-    )
+    bar = make_bar(max_train_steps, progress.step, accelerator)
     losses = {}  # of the step so far, by name
     for batch in batches:
         # Forward and backward pass; with accumulation, several of them make a step
@@ -238,8 +231,7 @@ def main(args, concepts):
         logger.info(f"Saved the weights in '{output_dir}', and read them back")
         images = validation.show(pipeline, name="final", tag="test", step=progress.step)
         if repo_id is not None:
-            config = weights_config(settings, progress.step, args.validation_prompt)
-            shared = share.upload_run(args, output_dir, repo_id, config, images)
+            shared = share.upload_run(args, output_dir, repo_id, run_folder.config(progress.step), images)
     with lost_process_told(saved):
         accelerator.wait_for_everyone()  # the process group must not go while one of them still works
     accelerator.end_training()
@@ -298,6 +290,13 @@ def make_plan(args, shape, accelerator):
         images_per_sample=images_per_sample,
         samples_per_step=samples_per_step,
         learning_rate=args.learning_rate * (samples_per_step * images_per_sample if args.scale_lr else 1),
+    )
+
+
+def make_settings(args, concepts, plan, shape, accelerator):
+    """What the course of the run depends on."""
+    return run_settings(
+        args, concepts, plan.tokens, accelerator.mixed_precision, plan.samples_per_step, shape.configuration
     )
 
 
@@ -413,6 +412,12 @@ def make_optimizer(args, parameters, learning_rate):
     )
 
 
+def make_scheduler(args, optimizer, max_train_steps):
+    return get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
+    )
+
+
 def make_run_folder(args, concepts, model, plan, settings, stateful):
     return RunFolder(
         path=Path(args.output_dir),
@@ -439,6 +444,10 @@ def make_validation(args, source, noise_scheduler, plan, accelerator):
         seed=args.seed,
         dtype=plan.weight_dtype,
     )
+
+
+def make_bar(max_train_steps, step, accelerator):
+    return ProgressBar(total=max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
 
 
 def start_trackers(args, accelerator):

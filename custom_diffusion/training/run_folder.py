@@ -61,13 +61,15 @@ class RunFolder:
         """Write the trained weights themselves. Raises RunStopped as `save_checkpoint` does."""
         write_weights(self.path, self._trained_weights(step), self.model.unet, self.formats)
 
+    def config(self, step: int) -> dict:
+        """The settings file of the weights after `step` optimizer steps."""
+        return weights_config(self.settings, step, self.validation_prompt)
+
     def _trained_weights(self, step):
         if not predicts_finite(self.model, **self.probe):
             raise RunStopped(non_finite_message("prediction", math.nan, step, self.path))
         tensors, rows = self.model.trained_tensors()
-        return ConceptWeights(
-            tensors, dict(zip(self.tokens, rows)), weights_config(self.settings, step, self.validation_prompt)
-        )
+        return ConceptWeights(tensors, dict(zip(self.tokens, rows)), self.config(step))
 
 
 def check_token_files(accelerator: Accelerator, output_dir: Path, tokens: list[str]) -> None:
