@@ -17,17 +17,17 @@ from collections import Counter
 from pathlib import Path
 
 from custom_diffusion.cli.concepts import read_concepts_list
-from custom_diffusion.retrieval import sources
+from custom_diffusion.retrieval import sources as source_modules
 from custom_diffusion.retrieval.candidates import Source, SourceError
 from custom_diffusion.retrieval.captions import ClassWords, words
 from custom_diffusion.retrieval.columns import NSFW, TOO_SMALL, WATERMARK
 from custom_diffusion.retrieval.scan import NOT_WANTED, Scan
 from custom_diffusion.retrieval.sources.dataset import DEFAULT_DATASET
 
-# In the order in which they are asked.
+# Modules; they are asked in the order of their names.
 SOURCES = [
-    importlib.import_module(f"{sources.__name__}.{name}")
-    for name in sorted(module.name for module in pkgutil.iter_modules(sources.__path__))
+    importlib.import_module(f"{source_modules.__name__}.{name}")
+    for name in sorted(module.name for module in pkgutil.iter_modules(source_modules.__path__))
 ]
 SAVE_SECONDS = 2  # between two notes of how far a dataset has been read
 SHARE_WITHOUT_WORDS = 0.3  # of a backend's images; more may show something else
@@ -102,7 +102,7 @@ def _problems(args):
 
 
 def _used_sources(args):
-    """The sources that the user named, or else those that are asked then."""
+    """The sources that the user named; without any, the default ones."""
     return [source for source in SOURCES if source.is_named(args)] or [s for s in SOURCES if s.is_default()]
 
 
@@ -119,16 +119,16 @@ def read_classes(args: argparse.Namespace) -> list[tuple[str, Path]]:
     except ValueError as error:
         raise ValueError(f"--concepts_list: {error}") from None
     classes = {}
-    for source, concept in entries:
+    for place, concept in entries:
         for key in ("class_prompt", "class_data_dir"):
             if not isinstance(concept.get(key), str) or not concept[key].strip():
-                raise ValueError(f"--concepts_list: {source}: {key!r} is missing; add it")
+                raise ValueError(f"--concepts_list: {place}: {key!r} is missing; add it")
         prompt, folder = concept["class_prompt"], Path(concept["class_data_dir"])
         if not words(prompt):
-            raise ValueError(f"--concepts_list: {source}: 'class_prompt' has no word")
+            raise ValueError(f"--concepts_list: {place}: 'class_prompt' has no word")
         if classes.setdefault(folder.resolve(), (prompt, folder))[0] != prompt:
             raise ValueError(
-                f"--concepts_list: {source}: {folder} is already the folder of another class; give each class a "
+                f"--concepts_list: {place}: {folder} is already the folder of another class; give each class a "
                 "'class_data_dir' of its own"
             )
     return list(classes.values())
@@ -245,7 +245,7 @@ def _was_read(source, scan):
 
 def _nothing_reached(failures, args):
     """Why no source could be used, as one message."""
-    if args.dataset is not None or len(failures) == 1:
+    if any(source.is_named(args) for source in SOURCES) or len(failures) == 1:
         return "; ".join(failures)
     what = f"--class_prompt CLASS --class_data_dir FOLDER --num_class_images {args.num_class_images}"
     if args.class_prompt:
@@ -264,7 +264,7 @@ def _nothing_reached(failures, args):
 def _too_few(wanted, class_data_dir, collector, scans, args):
     reasons = ", ".join(f"{count} {reason}" for reason, count in collector.reasons.most_common())
     left_out = sum((scan.left_out for scan in scans), Counter())
-    tips = ["another --dataset or --client_url (what is there is kept and counted)"]
+    tips = ["another source, --dataset or --client_url for example (what is there is kept and counted)"]
     if collector.reasons["too small"] or left_out[TOO_SMALL]:
         tips.append(f"a --min_size below {args.min_size}")
     tips += [
@@ -278,7 +278,7 @@ def _too_few(wanted, class_data_dir, collector, scans, args):
         tips.append(f"the same command later or with a longer --timeout ({collector.num_temporary} may answer then)")
     said = (
         f"retrieve.py: {class_data_dir} has {len(collector.folder.rows)} of {args.num_class_images} images of {wanted.prompt!r}: "
-        f"no more were to be had ({collector.num_tried} tried{'; ' + reasons if reasons else ''}). "
+        f"no others could be found ({collector.num_tried} tried{'; ' + reasons if reasons else ''}). "
     )
     unmatched = next((s for s in scans if s.samples and not s.num_matched and not s.left_out[NOT_WANTED]), None)
     if unmatched is not None:

@@ -87,11 +87,13 @@ class Plan:
     """What follows from the flags, the model and the number of processes: worked out once, and passed on.
 
     Attributes:
-        pairs: (modifier token, initializer token) of each new word. tokens: the modifier tokens alone.
+        pairs: (modifier token, initializer token) of each new word.
+        tokens: the modifier tokens alone.
         weight_dtype: of all that is frozen.
         latent_shape: (C, h, w).
         images_per_sample: a photo, and with prior preservation a class image.
         samples_per_step: of an optimizer step, all processes and accumulated batches together.
+        learning_rate: after --scale_lr.
     """
 
     pairs: list[tuple[str, str]]
@@ -104,7 +106,7 @@ class Plan:
 
 
 def main(args, concepts):
-    """One training run, from flags to saved weights and images. Whether they were shared, if they were to be."""
+    """One training run, from flags to saved weights and images. Returns False if an upload was asked for and failed."""
     # Setup: whatever can be known and checked without the weights
     signals = StopSignals()
     accelerator = make_accelerator(args)
@@ -125,11 +127,11 @@ def main(args, concepts):
         draw_class_images(args, concepts, source, accelerator, signals)
 
     # Model: frozen, but for the trained projections and the modifier tokens' rows
-    plain_tokenizer = copy.deepcopy(tokenizer)
+    plain_tokenizer = copy.deepcopy(tokenizer)  # for the final check, which loads the tokens as users do
     concept_model, vae = make_model(args, source, tokenizer, plan, device)
     if checkpoint is not None:
         concept_model.load_trained(checkpoint.weights)
-    recording = record(args, concept_model, plan) if args.cuda_graphs else None
+    recording = record_cuda_graphs(args, concept_model, plan) if args.cuda_graphs else None
 
     # Data: the run's sequence of samples, of which this process takes its part
     samples = make_samples(args, concepts, plan, noise_scheduler)
@@ -138,7 +140,7 @@ def main(args, concepts):
     progress = Progress(0, 0) if checkpoint is None else Progress(checkpoint.step, checkpoint.position)
     batches = make_batches(args, samples, progress, max_train_steps, accelerator)
     encoder = make_encoder(args, vae, batches, accelerator)
-    del vae  # the encoder lets go of it when it has all latents
+    del vae  # with --cache_latents the encoder lets go of it as soon as it has all latents
 
     # Optimizer and schedule, over the trained parameters alone
     optimizer = make_optimizer(args, concept_model.trained_parameters(), plan.learning_rate)
@@ -157,7 +159,7 @@ def main(args, concepts):
     validation = make_validation(args, source, noise_scheduler, plan, accelerator)
     if accelerator.is_main_process:
         start_trackers(args, accelerator)
-        print_summary(concepts, concept_model, samples, plan.samples_per_step, max_train_steps)
+        log_summary(concepts, concept_model, samples, plan.samples_per_step, max_train_steps)
 
     # Training
     signals.remember()  # from here on, Ctrl-C and SIGTERM finish the step and write a checkpoint
@@ -166,7 +168,7 @@ def main(args, concepts):
     reports, loss_scale = StepReports(accelerator), LossScale(accelerator.scaler, output_dir)
     bar = make_bar(max_train_steps, progress.step, accelerator)
     losses = {}  # of the step so far, by name
-    for batch in batches:
+    for batch in batches:  # they end when `progress` has reached max_train_steps
         # Forward and backward pass; with accumulation, several of them make a step
         with accelerator.accumulate(model):
             batch = send_to_device(batch, device, non_blocking=True)
@@ -184,13 +186,14 @@ def main(args, concepts):
         # A step is done, unless fp16 gradients overflowed: then it does not count, and further samples make up for it
         progress.position += plan.samples_per_step
         step_losses, losses = losses, {}
-        if loss_scale.fell(progress.step + 1):
+        if loss_scale.fell(progress.step + 1):  # also stops a run whose gradients never become finite
             continue
         lr_scheduler.step()
         progress.step += 1
         return_freed_memory(device)
 
-        # What all processes now know of it: losses to log, and whether to stop
+        # What all processes now know of it: losses to log, and whether to stop. On a GPU this is one step late, so that
+        # nothing waits: `done` then holds the report of the step before, or none at first
         lr = lr_scheduler.get_last_lr()[0]
         done = reports.exchange(progress.step, step_losses, grad_norm, signals.received, lr=lr)
         stop_signal = max((report.stop_signal for report in done), default=0)
@@ -203,6 +206,7 @@ def main(args, concepts):
 
         # Between steps: checkpoints and images
         if checkpointing:
+            # A full disk raises RunStopped in all processes
             write_together(accelerator, output_dir, run_folder.save_checkpoint, progress.step, progress.position)
         if stop_signal:
             raise RunStopped(interrupted_message(output_dir, progress.step), status=128 + stop_signal)
@@ -217,7 +221,7 @@ def main(args, concepts):
 
     # Teardown: what only training needs makes room for the last images. DDP's reducer must go before its process group in
     # any case: as the last to hold a gloo group it could wait for itself forever.
-    stateful.clear()
+    stateful.clear()  # the run's folder holds it too
     batch_losses = step_losses = encoder = batches = None  # the losses still hold the last prediction
     if recording is not None:
         recording.remove()
@@ -301,7 +305,8 @@ def make_settings(args, concepts, plan, shape, accelerator):
 
 
 def open_output(args, accelerator, tokens, settings):
-    """Make sure that the output folder takes what will be written; the checkpoint to resume from, or None."""
+    """Mend what a killed run left in the output folder, find the checkpoint to resume from (or None), and make sure that the
+    folder takes the tokens' files."""
     output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
         recover(output_dir)
@@ -342,7 +347,7 @@ def make_model(args, source, tokenizer, plan, device):
     return ConceptModel(unet, text_encoder, tokenizer, plan.tokens).train(), vae
 
 
-def record(args, model, plan):
+def record_cuda_graphs(args, model, plan):
     """--cuda_graphs: the UNet's training passes, recorded for batches of one shape."""
     num_images = args.train_batch_size * plan.images_per_sample
     features_shape = (num_images, model.tokenizer.model_max_length, model.unet.config.cross_attention_dim)
@@ -456,12 +461,12 @@ def start_trackers(args, accelerator):
     accelerator.init_trackers("custom-diffusion", config=public)
 
 
-def print_summary(concepts, model, samples, samples_per_step, max_train_steps):
+def log_summary(concepts, model, samples, samples_per_step, max_train_steps):
     """What is about to happen, in the log."""
     trained = sum(p.numel() for p in model.trained_parameters())
     logger.info(
         f"Training {trained:,} parameters on {len(samples.photos)} photos of {len(concepts)} concept(s) and "
-        f"{len(samples.class_images)} class images, {samples_per_step} a step, for {max_train_steps} optimizer steps"
+        f"{len(samples.class_images)} class images, {samples_per_step} samples a step, for {max_train_steps} optimizer steps"
     )
 
 

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import inspect
+import pkgutil
 import pydoc
 import subprocess
 import sys
@@ -13,10 +14,10 @@ from fake_concept import make_concept, run_tool
 from launch import ROOT
 
 import custom_diffusion
-from custom_diffusion import compress, export, generate, info, merge, read_weights
+from custom_diffusion import compress, export, generate, info, merge, read_weights, tools
 from custom_diffusion.errors import InputError
 
-TOOLS = ["generate", "export", "merge", "compress", "info", "share"]
+TOOLS = sorted(module.name for module in pkgutil.iter_modules(tools.__path__))
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -39,7 +39,9 @@ def flags_of(command: str) -> frozenset[str]:
 
 def section(text: str, heading: str) -> str:
     """The part of a page below a heading, up to the next one of its level."""
-    return re.search(rf"^## {heading}$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL).group(1)
+    found = re.search(rf"^## {heading}$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert found, f"there is no section '## {heading}'; add it"
+    return found.group(1)
 
 
 def table_rows(text: str) -> list[list[str]]:

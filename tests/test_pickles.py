@@ -1,5 +1,6 @@
 """Files of others that run code when they are unpickled: refused by every tool and for every file that is read, never run."""
 
+import pkgutil
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from fake_concept import make_concept, run_tool
 
-from custom_diffusion import load_custom_diffusion
+from custom_diffusion import load_custom_diffusion, tools
 from custom_diffusion.errors import InputError
 from custom_diffusion.files import MANIFEST_NAME, STATE_NAME, WEIGHTS_NAME
 from custom_diffusion.model.loading import load_models, load_pipeline
@@ -23,6 +24,7 @@ TOOLS = {
     "info": [],
     "share": [],
 }
+assert TOOLS.keys() == {module.name for module in pkgutil.iter_modules(tools.__path__)}, "a tool is missing above"
 BASE_FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 

@@ -67,9 +67,8 @@ def record_unet(
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """Record a prediction and its gradients.
 
-    Every trained parameter gets a gradient of zeros that stays where it is. The optimizer must not free it (`zero_grad` with
-    `set_to_none=False`): autograd would then take the recorded gradient itself for it, which the next replay overwrites, and
-    accumulating several would go wrong.
+    Every trained parameter gets a gradient of zeros, and must have one whenever the recording is replayed: without it,
+    autograd would take the recorded gradient itself, which the next replay overwrites, and accumulating several would go wrong.
 
     Args:
         unet: on a CUDA device; its parameters may change their values from now on, not their places.

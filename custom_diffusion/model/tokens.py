@@ -35,7 +35,7 @@ class TokenEmbedding(nn.Module):
 def token_problems(
     tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], prompts: list[list[str]]
 ) -> list[str]:
-    """What the tokenizer has against these (modifier, initializer) pairs and prompts, one line each.
+    """Why the tokenizer cannot work with these (modifier, initializer) pairs and prompts, one line each.
 
     Leaves the tokenizer as it is.
 

@@ -31,7 +31,7 @@ class Candidate:
 
 
 class Source(Protocol):
-    """Where candidates come from. A new kind of source is one file with a class like this.
+    """Where candidates come from. A new kind of source is one file in `sources/`, whose `__init__.py` says what is in it.
 
     Attributes:
         name: what to call it in messages.
@@ -46,7 +46,11 @@ class Source(Protocol):
         """Make sure that it can be used. Raises SourceError."""
 
     def candidates(self, wanted: ClassWords, num_missing: int, scan: Scan) -> Iterator[Candidate]:
-        """Candidates, the best first or in the source's order.
+        """Candidates, the best first or in the source's order, without those whose caption `wanted` excludes.
+
+        A source of captions leaves out those that do not match too, by `wanted.matches`. It tells `scan.reads` of every row,
+        and counts in `scan.num_matched` and `scan.left_out`. One that can go on from a place also uses `scan.begin`, `offers`
+        and `reached`.
 
         Args:
             wanted: the class, and which captions name it.

@@ -60,7 +60,7 @@ def find_dataset(name: str, is_local: bool, kind: str | None = None):
             builder = datasets.load_dataset_builder(name)
     except Exception as error:  # whatever the dozen formats and file systems behind `datasets` raise
         raise SourceError(
-            f"--dataset: {name!r} is neither a local dataset nor one of the Hub that can be opened: {first_line(error)}"
+            f"--dataset: {name!r} is neither a local dataset nor one of the Hub that can be opened: {short_reason(error)}"
         ) from error
     if not is_local:
         files = [file for files in (builder.config.data_files or {}).values() for file in files]
@@ -145,7 +145,7 @@ def signature(path: str) -> list:
     return [path, local.stat().st_size, local.stat().st_mtime_ns] if local.is_file() else [path]
 
 
-def first_line(error: Exception) -> str:
+def short_reason(error: Exception) -> str:
     """The first line of what an error says."""
     return one_line(str(error).strip().split("\n")[0])[:200] or type(error).__name__
 

@@ -75,7 +75,7 @@ class Scan:
         self.samples += islice(filter(None, captions), NUM_SAMPLES - len(self.samples))
 
     def offers(self, caption: str, url: str, has_image: bool):
-        """Note a candidate before it is yielded."""
+        """Note a candidate before it is yielded, for sources that go on from a place."""
         with self._lock:
             self._unsettled.setdefault(url, (self._num_offered, caption, has_image))
             self._num_offered += 1

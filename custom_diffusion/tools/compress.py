@@ -1,6 +1,6 @@
 """Compress trained weights: keep only the strongest part of what training changed.
 
-  custom-diffusion compress logs/cat --output logs/cat-small
+  custom-diffusion compress cat --output cat-small
 
 Of every matrix's change from the base model the leading singular values are kept, up to a share of their sum (Custom Diffusion,
 section 3.3 and appendix). The result is loaded by load_custom_diffusion like any trained folder.

@@ -1,8 +1,8 @@
 """Export a trained concept for other programs: a LoRA, AUTOMATIC1111's and ComfyUI's files, or a whole pipeline.
 
-custom-diffusion export logs/cat --to lora --output cat-lora          diffusers: load_lora_weights, load_textual_inversion
-custom-diffusion export logs/cat --to a1111 --output cat-webui        AUTOMATIC1111, Forge, ComfyUI: copy both folders
-custom-diffusion export logs/cat --to pipeline --output cat-model     DiffusionPipeline.from_pretrained, no code of ours
+custom-diffusion export cat --to lora --output cat-lora          diffusers: load_lora_weights, load_textual_inversion
+custom-diffusion export cat --to a1111 --output cat-webui        AUTOMATIC1111, Forge, ComfyUI: copy both folders
+custom-diffusion export cat --to pipeline --output cat-model     DiffusionPipeline.from_pretrained, no code of ours
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Draw images with a trained concept.
 
-custom-diffusion generate --weights logs/cat --prompt "<new1> cat sitting in a bucket" --output cat.png
+custom-diffusion generate --weights cat --prompt "<new1> cat sitting in a bucket" --output cat.png
 custom-diffusion generate --weights user/cat --prompt "<new1> cat" --num_images 4 --output images/
 """
 

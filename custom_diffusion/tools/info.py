@@ -1,6 +1,6 @@
 """Say what a trained folder or Hub repository holds.
 
-custom-diffusion info logs/cat
+custom-diffusion info cat
 """
 
 from __future__ import annotations

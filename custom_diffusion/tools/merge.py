@@ -1,6 +1,6 @@
 """Merge concepts that were trained apart, without training.
 
-  custom-diffusion merge logs/cat logs/pot --captions real_reg/samples_cat real_reg/samples_pot --output logs/cat-pot
+  custom-diffusion merge cat pot --captions real_reg/samples_cat real_reg/samples_pot --output cat-pot
 
 Every concept keeps what its own words do, exactly, and ordinary captions change as little as possible (Custom Diffusion,
 equations 4 and 5). Tokens that clash are renamed.

@@ -1,6 +1,6 @@
 """Upload a trained folder to the Hub.
 
-  custom-diffusion share logs/cat --hub_model_id user/cat
+  custom-diffusion share cat --hub_model_id user/cat
 
 Writes a model card, README.md, into the folder if it has none yet, and uploads the weights, tokens, settings, samples and card.
 What is uploaded holds prompts, settings and versions, but no path of this computer and no file name of a photo.

@@ -1,6 +1,6 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, in a folder that can also be drawn from.
 
-`checkpoint-N/` holds the trained weights in the formats of `weights.py`, `training_state.pt` (optimizer, schedule, gradient
+`checkpoint-N/` holds the trained weights in the formats of `weights/format.py`, `training_state.pt` (optimizer, schedule, gradient
 scaler) and `checkpoint.json` (step, position, settings of the run, and a checksum of every file). No random state: what is
 random follows from the position.
 """

@@ -5,7 +5,7 @@ from diffusers import AutoencoderKL
 
 
 class LatentEncoder:
-    """Encodes batches of `data.collate` into latents.
+    """Encodes batches of `samples.collate` into latents.
 
     The posterior's mean and deviation are kept for every view when `num_views` is given (`--cache_latents`); the noise
     that samples from it is the sample's own each time. They stay on the device, 128 KB a view at 512 pixels, because fetching

@@ -30,7 +30,7 @@ def masked_loss(model_pred: torch.Tensor, target: torch.Tensor, mask: torch.Tens
         model_pred, target: (B, C, h, w) float32.
         mask: (B, 1, h, w), 1 where the photo is, 0 where the canvas is padding; at least one 1 each.
     Returns:
-        Scalar: squared error summed over channels and unmasked cells, divided by their number, averaged over B.
+        Scalar: squared error summed over channels and unmasked cells, divided by the number of these cells, averaged over B.
     Source: the reference script's instance loss.
     """
     squared_error = (model_pred - target).square() * mask

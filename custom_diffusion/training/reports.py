@@ -14,7 +14,7 @@ class StepReport:
 
     Attributes:
         lr: the schedule's rate after the step.
-        seconds: from one step known to the next, without what is done between steps.
+        seconds: from the report before to this one, without what is done between steps.
         finite: the loss and the gradients are finite.
         losses: by name, as `objective.custom_diffusion_losses` names them.
     """

@@ -257,5 +257,5 @@ def _download(hub_id, **hub_options):
         return folder
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"'{hub_id}' is no folder, and no Hub repository that can be had ({first_line(error)})"
+            f"'{hub_id}' is neither a folder nor a Hub repository that can be reached ({first_line(error)})"
         ) from None

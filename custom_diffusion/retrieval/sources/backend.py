@@ -50,7 +50,7 @@ def flag_problems(args: argparse.Namespace, used: bool) -> Iterator[str]:
         yield f"--client_url: must start with http:// or https://, is {args.client_url!r}"
     for name in ("indice_name", "aesthetic_weight", "min_similarity"):
         if getattr(args, name) is not None and not used:
-            yield f"--{name}: belongs to a clip-retrieval backend, and --dataset is none; leave it out or add --client_url"
+            yield f"--{name}: belongs to a clip-retrieval backend, which is not asked here; leave it out or add --client_url"
 
 
 def from_flags(args: argparse.Namespace) -> "KnnBackend":

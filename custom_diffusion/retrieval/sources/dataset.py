@@ -10,7 +10,7 @@ from pathlib import Path
 from custom_diffusion.retrieval.candidates import Candidate, SourceError, is_web_url, one_line
 from custom_diffusion.retrieval.captions import ClassWords, first_values
 from custom_diffusion.retrieval.columns import Limits, find_columns, texts_of
-from custom_diffusion.retrieval.hub import HUB_SECONDS, MARK_ROWS, check_hub, first_line, is_own_file
+from custom_diffusion.retrieval.hub import HUB_SECONDS, MARK_ROWS, check_hub, is_own_file, short_reason
 from custom_diffusion.retrieval.image_folder import ImageFolder
 from custom_diffusion.retrieval.parts import find_parts
 from custom_diffusion.retrieval.scan import BROKEN, NOT_WANTED, Scan
@@ -51,7 +51,7 @@ def is_named(args: argparse.Namespace) -> bool:
 
 
 def is_default() -> bool:
-    """LAION's backend, which is asked first then, has been gone for years."""
+    """Only where the default backend is LAION's, which has been gone for years."""
     return default_url() == LAION_URL
 
 
@@ -64,7 +64,7 @@ def flag_problems(args: argparse.Namespace, used: bool) -> Iterator[str]:
             yield f"--{name}: belongs to --dataset, which is missing"
     for name in ("max_nsfw", "max_watermark"):
         if getattr(args, name) is not None and not used:
-            yield f"--{name}: belongs to a dataset's columns, and only a backend is asked; leave it out or add --dataset"
+            yield f"--{name}: belongs to a dataset's columns, and no dataset is read here; leave it out or add --dataset"
 
 
 def from_flags(args: argparse.Namespace) -> "CaptionedDataset":
@@ -80,7 +80,7 @@ class CaptionedDataset:
 
     Args:
         name_or_path: a Hub dataset, or a local Parquet, CSV, TSV, JSONL or tar file, or a folder of such files or of images.
-        split: of the dataset; None for "train", or the only one.
+        split: of the dataset; None for "train", or the first where there is none of that name.
         caption_column, url_column, image_column: None to detect them.
         limits: what the table's columns must say of an image.
     """
@@ -120,7 +120,7 @@ class CaptionedDataset:
         except SourceError:
             raise
         except Exception as error:  # looking at the first rows read a damaged file
-            raise SourceError(f"--dataset: reading {self.name_or_path} failed: {first_line(error)}") from error
+            raise SourceError(f"--dataset: reading {self.name_or_path} failed: {short_reason(error)}") from error
         self._parts = parts
         if isinstance(parts[0], ImageFolder) and not parts[0].has_captions:
             self.name += " (its images have no captions: each gets the class prompt as its caption)"
@@ -140,7 +140,7 @@ class CaptionedDataset:
             try:
                 yield from self._of_part(number, row, offset, wanted, scan)
             except Exception as error:  # whatever the dozen formats and file systems behind `datasets` raise
-                failures.append(f"{self.name}: reading it failed: {first_line(error)}")
+                failures.append(f"{self.name}: reading it failed: {short_reason(error)}")
                 scan.fails()
             row = offset = 0
             if len(failures) == MAX_FAILED_PARTS and not self.is_own:
@@ -272,7 +272,7 @@ class CaptionedDataset:
                     except SourceError as error:
                         failures.append(error)
             except Exception as error:  # a damaged file
-                failures.append(SourceError(f"--dataset: reading {self.name_or_path} failed: {first_line(error)}"))
+                failures.append(SourceError(f"--dataset: reading {self.name_or_path} failed: {short_reason(error)}"))
         broken = f" that can be read ({num_broken} cannot)" if num_broken else ""
         raise failures[0] if failures else SourceError(f"--dataset: {self.name_or_path} has no rows{broken}")
 
