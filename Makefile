@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.complete
 
-.PHONY: demo test style bench clean
+.PHONY: demo test style bench mutants clean
 
 demo: $(SETUP)  ## train a new concept on the small built-in model, draw it: demo/output/before_after.png
 	$(BIN)/python demo/demo.py
@@ -16,6 +16,10 @@ style: $(SETUP)  ## ruff's opinion
 
 bench: $(SETUP)  ## speed and memory against another script: make bench PEER=path/to/train_custom_diffusion.py
 	$(BIN)/python benchmarks/bench.py --peer "$(PEER)" $(BENCH_ARGS)
+
+mutants: $(SETUP)  ## does a test notice when a line is wrong? Takes hours; MUTANTS_ARGS="objective --sample 50" does not
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'mutmut>=3.8,<4'
+	$(BIN)/python tests/mutants.py $(MUTANTS_ARGS)
 
 clean:
 	rm -rf .venv demo/output benchmarks/work
