@@ -282,7 +282,12 @@ def main() -> None:
     parser.add_argument("--again", type=Path, help="results of an earlier call: run only the mutants that survived it")
     parser.add_argument("--output", type=Path, default=Path("mutants.json"), help="results (default: %(default)s)")
     args = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
     signal.signal(signal.SIGINT, signal.default_int_handler)
     results = {}
     with tempfile.TemporaryDirectory() as work:
