@@ -50,8 +50,8 @@ MODULES = {
     "weights/low_rank.py": ["test_compress.py", "test_export.py"],
     "weights/constraints.py": ["test_merge.py"],
     "weights/text_features.py": ["test_merge.py"],
-    "tools/merge.py": ["test_merge.py"],
-    "tools/export.py": ["test_export.py"],
+    "tools/merge.py": ["test_merge.py", "test_command.py::test_bad_input_is_one_line_and_leaves_nothing"],
+    "tools/export.py": ["test_export.py", "test_command.py::test_bad_input_is_one_line_and_leaves_nothing"],
     "training/settings.py": ["test_checkpoints.py"],
     "training/checkpoints.py": ["test_checkpoints.py"],
 }

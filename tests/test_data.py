@@ -10,6 +10,7 @@ from tiny import make_pictures
 
 from custom_diffusion.images import open_image
 from custom_diffusion.training.augmentation import (
+    PROMPT_PREFIXES,
     Augmentation,
     draw_augmentation,
     photo_mask,
@@ -116,6 +117,7 @@ def test_distribution_of_augmentations():
         assert top == 0
     assert {a.crop[0] for a in draws} == set(range(101))
     assert len({a.prefix for a in draws}) == 5
+    assert {a.prefix for a in draws} == set(PROMPT_PREFIXES)  # every form in which the tokenizer must take a prompt
 
 
 def test_without_augmentation():

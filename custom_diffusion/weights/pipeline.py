@@ -61,7 +61,7 @@ def _put_in(pipe, weights):
             delta = weights.deltas.get(name)
             parameter.copy_(weights.tensors[name] if delta is None else base[name].float() + delta.matrix())
     if weights.tokens:
-        # Before diffusers does it: its way draws the new rows at random first, which takes time and random numbers.
+        # Before diffusers does it: its way first models the distribution of all rows, which takes time.
         pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer) + len(weights.tokens), mean_resizing=False)
         pipe.load_textual_inversion([{t: e} for t, e in weights.tokens.items()], token=list(weights.tokens))
     pipe._custom_diffusion = _Loaded(base, list(weights.tokens))
