@@ -75,7 +75,7 @@ class Mutations(cst.CSTVisitor):
             return False
         self.in_wording += _is_wording(node)
         for kind, operator in mutation_operators:
-            if isinstance(node, kind):
+            if isinstance(node, kind) and not _is_progress_bar(node):
                 replacements = list(operator(node))
                 if operator is operator_string:
                     replacements = [] if self.in_wording else replacements[:1]  # another case is much the same as XX
@@ -97,6 +97,10 @@ def _is_wording(node):
     if isinstance(node, cst.Arg):
         return node.keyword is not None and node.keyword.value in WORDING_KEYWORDS
     return isinstance(node, cst.ConcatenatedString)
+
+
+def _is_progress_bar(node):
+    return isinstance(node, cst.Call) and isinstance(node.func, cst.Name) and node.func.value == "tqdm"
 
 
 def _negated(test):

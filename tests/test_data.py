@@ -1,5 +1,6 @@
 """Augmentation, masks, crops, and the sequence of samples, against cases computed by hand."""
 
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -360,3 +361,58 @@ def test_class_images_are_cut_anywhere_but_in_their_middle_with_center_crop():
     assert tops == set(range(40))
     centred = render_class_image(image, rng, 64, center_crop=True, flip=False)
     assert round(float((centred[0, 0, 0] + 1) * 127.5)) == 19
+
+
+def test_class_images_come_with_their_own_caption(samples):
+    for position in range(7):
+        sample = samples[position, True]
+        (path, caption), view = samples.class_images[sample["views"][1].index], sample["views"][1]
+        assert sample["prompts"][1] == caption == path.stem
+        assert sample["prompts"][0].endswith("a <new1> cat")
+        expected = shrink_to(open_image(path), 64, enlarge=True).resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+        shown_mean = ((sample["pixel_values"][1].mean(dim=(1, 2)) + 1) * 127.5).tolist()
+        assert np.allclose(shown_mean, expected, atol=25), view  # but for the crop
+
+
+def test_center_crop_without_augmentation_shows_each_image_in_one_way(samples):
+    samples.settings = replace(SETTINGS, center_crop=True, augment=False, hflip=False)
+    seen = {}
+    for position in range(21):
+        sample = samples[position, True]
+        for view, pixels in zip(sample["views"], sample["pixel_values"]):
+            assert torch.equal(seen.setdefault((view.purpose, view.index), pixels), pixels)
+    assert len(seen) == 3 + 7
+
+
+class SignalsOfWorkers(TrainingSamples):
+    """Its prompts say which signals the process that makes them ignores."""
+
+    def __getitem__(self, item):
+        ignored = [
+            number.name for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) == signal.SIG_IGN
+        ]
+        return super().__getitem__(item) | {"prompts": [" ".join(ignored)] * 2}
+
+
+def test_workers_leave_signals_to_the_main_process(samples):
+    probe = SignalsOfWorkers([], samples.class_images, SETTINGS)
+    probe.photos = samples.photos
+    batches = TrainingBatches(
+        probe, Progress(0, 0), 1, num_workers=1, pin_memory=False, batch_size=1, accumulation=1, process_index=0,
+        num_processes=1,
+    )  # fmt: skip
+    assert next(iter(batches))["prompts"] == ["SIGINT SIGTERM"] * 2
+
+
+def test_the_sequence_of_samples_is_that_of_earlier_versions(samples):
+    """Else a run that an earlier version began would be resumed with other samples."""
+    indices = [(1, 1), (1, 4), (2, 2), (0, 3), (0, 6), (2, 5), (0, 0), (1, 4), (0, 0)]  # the second epoch from 7 on
+    assert [samples.indices(position) for position in range(9)] == indices
+    sample = samples[11, False]
+    assert sample["prompts"] == ["a far away a <new1> cat", "1"] and sample["mask"].sum() == 16
+    assert sample["timesteps"].tolist() == [885, 501]
+    assert sample["noise"].flatten()[:2].tolist() == pytest.approx([1.5409, -0.6418], abs=1e-4)
+    assert sample["posterior_noise"].flatten()[:2].tolist() == pytest.approx([0.9171, -1.6914], abs=1e-4)
+    samples.settings = replace(SETTINGS, pool_size=5)
+    pool = [[(view.draw, view.flip) for view in samples.views(position)] for position in range(4)]
+    assert pool == [[(draw, False), (0, flip)] for draw, flip in ((3, False), (1, False), (2, False), (2, True))]
