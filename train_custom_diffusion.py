@@ -20,7 +20,6 @@ import copy
 import errno
 import logging
 import math
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -53,6 +52,7 @@ from custom_diffusion.training.augmentation import PROMPT_PREFIXES
 from custom_diffusion.training.checkpoints import find_resume, last_good, restore
 from custom_diffusion.training.class_images import class_images, generate_class_images
 from custom_diffusion.training.latents import LatentEncoder
+from custom_diffusion.training.loss_scale import LossScale
 from custom_diffusion.training.memory import return_freed_memory
 from custom_diffusion.training.objective import custom_diffusion_losses, prediction_target
 from custom_diffusion.training.readback import read_back
@@ -73,7 +73,6 @@ logger = get_logger(__name__)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 MODEL_FLAG = "--pretrained_model_name_or_path"
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SMALLEST_SCALE = 1e-4  # of fp16 gradients: if they overflow even then, they are not finite at all
 
 
 @dataclass(frozen=True)
@@ -162,12 +161,11 @@ def main(args, concepts):
     signals.remember()  # from here on, Ctrl-C and SIGTERM finish the step and write a checkpoint
     if progress.step == 0:
         validation.during_training(concept_model, step=0)
-    reports = StepReports(accelerator)
+    reports, loss_scale = StepReports(accelerator), LossScale(accelerator.scaler, output_dir)
     bar = tqdm(
         total=max_train_steps, initial=progress.step, desc="Steps", disable=not accelerator.is_local_main_process
     )
     losses = {}  # of the step so far, by name
-    started = time.perf_counter()
     for batch in batches:
         # Forward and backward pass; with accumulation, several of them make a step
         with accelerator.accumulate(model):
@@ -186,20 +184,20 @@ def main(args, concepts):
         # A step is done, unless fp16 gradients overflowed: then it does not count, and further samples make up for it
         progress.position += plan.samples_per_step
         step_losses, losses = losses, {}
-        if accelerator.optimizer_step_was_skipped:
-            check_scale(accelerator.scaler, progress, output_dir)
+        if loss_scale.fell(progress.step + 1):
             continue
         lr_scheduler.step()
         progress.step += 1
         return_freed_memory(device)
 
         # What all processes now know of it: losses to log, and whether to stop
-        seconds, lr = time.perf_counter() - started, lr_scheduler.get_last_lr()[0]
-        done = reports.exchange(progress.step, step_losses, grad_norm, signals.received, lr=lr, seconds=seconds)
+        lr = lr_scheduler.get_last_lr()[0]
+        done = reports.exchange(progress.step, step_losses, grad_norm, signals.received, lr=lr)
         stop_signal = max((report.stop_signal for report in done), default=0)
         checkpointing = stop_signal or progress.step % args.checkpointing_steps == 0
-        if checkpointing or progress.step == max_train_steps:
-            done += reports.latest()  # nothing is written before its losses are known
+        validating = progress.step % args.validation_steps == 0 and progress.step < max_train_steps
+        if checkpointing or validating or progress.step == max_train_steps:
+            done += reports.latest()  # nothing is written or drawn before its losses are known
         for report in done:
             log_step(accelerator, bar, report, output_dir)
 
@@ -208,9 +206,10 @@ def main(args, concepts):
             write_together(accelerator, output_dir, run_folder.save_checkpoint, progress.step, progress.position)
         if stop_signal:
             raise RunStopped(interrupted_message(output_dir, progress.step), status=128 + stop_signal)
-        if progress.step % args.validation_steps == 0 and progress.step < max_train_steps:
+        if validating:
             validation.during_training(concept_model, progress.step)
-        started = time.perf_counter()
+        if checkpointing or validating:
+            reports.restart_clock()
     bar.close()
     write_together(accelerator, output_dir, run_folder.save_weights, progress.step)
     signals.end_at_once(f"train_custom_diffusion.py: stopped by a signal; the trained weights are in '{output_dir}'")
@@ -453,16 +452,12 @@ def training_losses(model, batch, encoder, noise_scheduler, prior_loss_weight):
     return custom_diffusion_losses(model_pred, target, batch["mask"], prior_loss_weight)
 
 
-def check_scale(scaler, progress, output_dir):
-    """Raises RunStopped for gradients that overflow whatever they are scaled by: they are not finite at all."""
-    if scaler.get_scale() < SMALLEST_SCALE:
-        raise RunStopped(non_finite_message("gradient", math.nan, progress.step + 1, output_dir))
-
-
 def log_step(accelerator, bar, report, output_dir):
     """Show a step's losses in the progress bar and the trackers. Raises RunStopped if they are not finite."""
     if not report.finite:
-        raise RunStopped(non_finite_message("loss", report.losses["loss"], report.step, output_dir))
+        loss = report.losses["loss"]
+        what, value = ("gradient", report.grad_norm) if math.isfinite(loss) else ("loss", loss)
+        raise RunStopped(non_finite_message(what, value, report.step, output_dir))
     bar.update(1)
     bar.set_postfix(loss=f"{report.losses['loss']:.4f}", lr=f"{report.lr:.3g}")
     values = {"lr": report.lr, "grad_norm": report.grad_norm, "steps_per_second": 1 / report.seconds}

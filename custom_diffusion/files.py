@@ -1,6 +1,7 @@
 """What our files are called, and files and folders that appear whole or not at all: written beside, then renamed."""
 
 import errno
+import glob
 import os
 import re
 import secrets
@@ -28,6 +29,7 @@ MODEL_INDEX = "model_index.json"
 
 # Hidden names `.<name>.<random><suffix>`, of what is being written; complete, about to take its place; and to be replaced.
 PART, READY, REPLACED = ".custom-diffusion-part", ".custom-diffusion-ready", ".custom-diffusion-replaced"
+_RANDOM = "." + "[0-9a-f]" * 8
 # What file systems without such a notion answer to chmod and fsync (CIFS, FUSE, Windows). The data is written all the same.
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF)
 
@@ -43,9 +45,23 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """All `checkpoint-N` folders, oldest first."""
-    found = [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and checkpoint_step(p) >= 0]
-    return sorted(found, key=checkpoint_step)
+    """All `checkpoint-N` folders, oldest first. One that cannot be looked at counts: it is there.
+
+    Raises:
+        OSError: the folder is there, but cannot be listed. A `glob` would find nothing in it.
+    """
+    try:
+        paths = list(output_dir.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted((p for p in paths if checkpoint_step(p) >= 0 and not _is_file(p)), key=checkpoint_step)
+
+
+def _is_file(path):
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def find_checkpoint(output_dir: Path, name: str) -> Path | None:
@@ -72,10 +88,11 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path` to fill; it becomes `path` when the block ends without an exception.
 
-    An earlier `path` stays until then. A process that dies while the two change places leaves both, and `recover` puts the
-    new one into its place.
+    An earlier `path` stays until then. A process that dies while the two change places leaves both under hidden names, and
+    `recover`, or whoever writes `path` next, puts the new one into its place.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _recover_places(path.parent, glob.escape(path.name))
     temporary = _hidden(path, PART)
     temporary.mkdir()
     try:
@@ -89,7 +106,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
             path.replace(replaced)
             ready.replace(path)
             sync(path.parent)
-            shutil.rmtree(replaced)
+            shutil.rmtree(replaced, ignore_errors=True)  # what cannot go now, `recover` removes
         else:
             temporary.replace(path)
             sync(path.parent)
@@ -101,31 +118,40 @@ def remove_folder(path: Path) -> None:
     """Remove a folder so that it is never seen half removed under its own name."""
     doomed = _hidden(path, PART)
     path.replace(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
-def recover(folder: Path) -> None:
-    """Finish what a process left in `folder` that was killed while it wrote, replaced or removed something.
+def recover(output_dir: Path) -> None:
+    """Finish what a run left in its output folder that was killed while it wrote, replaced or removed something.
 
-    Only names that this module makes are touched.
+    Only names that this module makes are touched, and only where a run writes: another run's output folder may lie inside.
     """
-    for ready in folder.glob(f".*{READY}"):
-        path = _named_in(ready)
-        if path.exists():  # killed before the old one made room
-            shutil.rmtree(ready)
-        else:
-            ready.replace(path)
-    for replaced in folder.glob(f".*{REPLACED}"):
-        path = _named_in(replaced)
-        if path.exists():
-            shutil.rmtree(replaced)
-        else:
-            replaced.replace(path)
-    for part in [*folder.glob(f".*{PART}"), *folder.glob(f"*/.*{PART}")]:
+    _recover_places(output_dir, "*")
+    for part in [*output_dir.glob(f".*{PART}"), *(output_dir / SAMPLES_DIR).glob(f".*{PART}")]:
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
         else:
             part.unlink(missing_ok=True)
+
+
+def is_recoverable(path: Path) -> bool:
+    """Whether `recover` will put a folder there."""
+    return bool(_out_of_place(path.parent, glob.escape(path.name)))
+
+
+def _recover_places(folder, name):
+    """Let the folders whose names match `name` be in their places again, the new one where there are two."""
+    for hidden in _out_of_place(folder, name):
+        path = _named_in(hidden)
+        if path.exists():  # killed before the old one made room, or after the new one took its place
+            shutil.rmtree(hidden, ignore_errors=True)
+        else:
+            hidden.replace(path)
+
+
+def _out_of_place(folder, name):
+    """Whole folders under hidden names, new ones first."""
+    return [path for suffix in (READY, REPLACED) for path in folder.glob(f".{name}{_RANDOM}{suffix}")]
 
 
 def _hidden(path, suffix):
@@ -165,14 +191,23 @@ def _where_supported():
 
 
 def can_hold(folder: Path, name: str) -> bool:
-    """Whether the file system of `folder`, which need not exist yet, takes a file of this name."""
+    """Whether the file system of `folder`, which need not exist yet, takes a file of this name.
+
+    Raises:
+        OSError: it takes none at all.
+    """
     there = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    path = there / f".{name}{PART}"
+    try:
+        _try_name(there, name)
+    except OSError:  # which one it is differs: EINVAL, ENOENT, EILSEQ, ENAMETOOLONG, EPERM...
+        _try_name(there, "name")
+        return False
+    return True
+
+
+def _try_name(folder, name):
+    path = _hidden(folder / name, PART)
     try:
         path.touch()
-    except OSError as error:
-        if error.errno in (errno.EINVAL, errno.ENOENT, errno.EILSEQ, errno.ENAMETOOLONG):
-            return False
-        raise
-    path.unlink()
-    return True
+    finally:
+        path.unlink(missing_ok=True)

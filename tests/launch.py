@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,9 +52,21 @@ def flags(**values) -> list[str]:
 
 
 class Run:
-    """A run in progress. It leads a process group of its own; its output goes to the file `log`."""
+    """A run in progress. It leads a process group of its own; its output goes to the file `log`.
 
-    def __init__(self, command: tuple[str, ...], arguments: dict, log: Path, env: dict | None = None):
+    Args:
+        changed_by: called in a forked process before the script, to give it a machine or a library that behaves otherwise.
+    """
+
+    def __init__(
+        self,
+        command: tuple[str, ...],
+        arguments: dict,
+        log: Path,
+        env: dict | None = None,
+        *,
+        changed_by: Callable[[], None] | None = None,
+    ):
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_bytes(b"")
@@ -65,7 +78,9 @@ class Run:
                     stdout=file, stderr=file, start_new_session=True,
                 )  # fmt: skip
         else:
-            self.process = _forkserver().Process(target=_run_script, args=(flags(**arguments), str(log), env or {}))
+            self.process = _forkserver().Process(
+                target=_run_script, args=(flags(**arguments), str(log), env or {}, changed_by)
+            )
             self.process.start()
 
     @property
@@ -115,15 +130,19 @@ class Run:
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
-def run(command: tuple[str, ...], arguments: dict, log: Path, env: dict | None = None) -> Run:
+def run(command: tuple[str, ...], arguments: dict, log: Path, env: dict | None = None, **options) -> Run:
     """Start a run and wait for its end."""
-    started = Run(command, arguments, log, env)
+    started = Run(command, arguments, log, env, **options)
     started.status = started.wait()
     return started
 
 
 def run_group(
-    num_processes: int, arguments: dict | list[dict], log: Path, processes_per_machine: int | None = None
+    num_processes: int,
+    arguments: dict | list[dict],
+    log: Path,
+    processes_per_machine: int | None = None,
+    **options,
 ) -> list[Run]:
     """Forked processes of one run, started with the environment that torchrun gives them.
 
@@ -140,7 +159,7 @@ def run_group(
     for rank in range(num_processes):
         env = shared | {"RANK": rank, "LOCAL_RANK": rank % per_machine}
         env = {name: str(value) for name, value in env.items()}
-        runs.append(Run(FORKED, arguments[rank], log.with_name(f"{log.name}.{rank}"), env))
+        runs.append(Run(FORKED, arguments[rank], log.with_name(f"{log.name}.{rank}"), env, **options))
     return runs
 
 
@@ -154,7 +173,7 @@ def _forkserver():
     return context
 
 
-def _run_script(arguments, log, env):
+def _run_script(arguments, log, env, changed_by):
     # For DataLoader's workers, as in a process that was not forked.
     multiprocessing.set_start_method("fork", force=True)
     os.setsid()
@@ -164,4 +183,6 @@ def _run_script(arguments, log, env):
     os.chdir(Path(log).parent)
     os.environ.update(env)
     sys.argv = [SCRIPT, *arguments]
+    if changed_by is not None:
+        changed_by()
     runpy.run_path(SCRIPT, run_name="__main__")

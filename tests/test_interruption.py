@@ -308,7 +308,7 @@ def test_a_step_that_a_gpu_still_computes_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(step_reports, "start_copy", lambda values: (values, events[len(handed)]))
     reports, handed = step_reports.StepReports(Accelerator(cpu=True)), []
     for step in (1, 2):
-        done = reports.exchange(step, {"loss": torch.tensor(float(step))}, torch.tensor(0.5), 0, lr=1e-3, seconds=1.0)
+        done = reports.exchange(step, {"loss": torch.tensor(float(step))}, torch.tensor(0.5), 0, lr=1e-3)
         handed.append([(report.step, report.losses["loss"]) for report in done])
     assert handed == [[], [(1, 1.0)]] and waited == events[:1]
     assert [(report.step, report.losses["loss"]) for report in reports.latest()] == [(2, 2.0)] and waited == events

@@ -1,8 +1,14 @@
 """However a step's samples are shared out among processes and forward passes, the run is the same."""
 
+import contextlib
+import json
+import os
+import subprocess
+
 import launch
 import pytest
 from PIL import Image
+from tiny import make_pictures
 
 from custom_diffusion.cli.concepts import Concept
 from custom_diffusion.training.class_images import missing_images, share_of
@@ -125,6 +131,55 @@ def test_machines_without_a_shared_disk_draw_their_own_class_images(run_argument
     first, second = (pictures(tmp_path / f"disk{rank}") for rank in range(2))
     assert first == second
     assert len(first) == 5
+
+
+@contextlib.contextmanager
+def read_only(folder):
+    """For root, too."""
+    bind = subprocess.run(["mount", "--bind", folder, folder], capture_output=True, check=False)
+    if bind.returncode == 0:
+        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
+    else:
+        folder.chmod(0o555)
+    try:
+        assert not os.access(folder, os.W_OK)
+        yield
+    finally:
+        if bind.returncode == 0:
+            subprocess.run(["umount", folder], check=True)
+        else:
+            folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_complete_class_folder_may_be_read_only(num_processes, run_arguments, tmp_path):
+    folder = make_pictures(tmp_path / "class", 5)
+    before = pictures(folder)
+    with read_only(folder):
+        arguments = generating(run_arguments, folder, tmp_path / "out")
+        for run in launch.run_group(num_processes, arguments, tmp_path / "log"):
+            assert "Generating" not in run.ok()
+    assert pictures(folder) == before
+
+
+def test_one_complete_class_folder_may_be_read_only_while_another_is_filled(run_arguments, tmp_path):
+    names = {"full": make_pictures(tmp_path / "full", 5), "empty": tmp_path / "empty"}
+    concepts = [
+        {
+            "instance_prompt": "photo of a <new1> cat",
+            "instance_data_dir": str(run_arguments["instance_data_dir"]),
+            "class_prompt": name,
+            "class_data_dir": str(folder),
+        }
+        for name, folder in names.items()
+    ]
+    (tmp_path / "concepts.json").write_text(json.dumps(concepts))
+    arguments = generating(run_arguments, None, tmp_path / "out") | {"concepts_list": tmp_path / "concepts.json"}
+    for name in ("instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir"):
+        arguments[name] = None
+    with read_only(names["full"]):
+        launch.Run(launch.FORKED, arguments, tmp_path / "log").ok()
+    assert len(pictures(names["empty"])) == len(pictures(names["full"])) == 5
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9])

@@ -200,7 +200,7 @@ def folder_problems(name: str, folder: Path) -> list[str]:
     there = next(p for p in [folder, *folder.absolute().parents] if p.exists())
     if not there.is_dir():
         return [f"{name}: '{there}' is a file; name a folder"]
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not os.access(there, os.R_OK | os.W_OK | os.X_OK):
         return [f"{name}: cannot write to '{there}'; choose another folder or change its permissions"]
     return []
 

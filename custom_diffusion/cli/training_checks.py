@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from custom_diffusion.cli.concepts import folder_problems
-from custom_diffusion.files import MODEL_INDEX, find_checkpoint, list_checkpoints
+from custom_diffusion.files import MODEL_INDEX, find_checkpoint, is_recoverable, list_checkpoints
 
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}  # name -> module to install
 POSITIVE = [
@@ -159,7 +159,9 @@ def _output_problems(args):
     if not problems:
         problems = folder_problems("--logging_dir", output_dir / args.logging_dir)
     name = args.resume_from_checkpoint
-    if name is not None and name != "latest" and find_checkpoint(output_dir, name) is None:
+    if name in (None, "latest") or is_recoverable(output_dir / name):
+        return problems
+    if find_checkpoint(output_dir, name) is None:
         there = ", ".join(p.name for p in list_checkpoints(output_dir)) or "none"
         problems.append(
             f"--resume_from_checkpoint: no checkpoint {name!r} in '{output_dir}' (there: {there}); "

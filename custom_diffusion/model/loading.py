@@ -75,8 +75,8 @@ class _UNetWithFullCrossAttention(UNet2DConditionModel):
     _keep_in_fp32_modules = ["attn2"]  # noqa: RUF012 (diffusers reads it as a class attribute)
 
 
-def load_vae(source: ModelSource, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
-    """The whole VAE, frozen, on the device."""
+def load_vae(source: ModelSource, dtype: torch.dtype, device: torch.device, *, again: bool = False) -> AutoencoderKL:
+    """The whole VAE, frozen, on the device. `again` takes what was downloaded before, and does not ask the Hub."""
     with source.reading(NO_WEIGHTS):
         vae = AutoencoderKL.from_pretrained(
             source.path,
@@ -84,6 +84,7 @@ def load_vae(source: ModelSource, dtype: torch.dtype, device: torch.device) -> A
             torch_dtype=dtype,
             revision=source.revision,
             variant=source.variant,
+            local_files_only=again,
             device_map=straight_to(device),
         )
     return lay_out(vae.requires_grad_(False))

@@ -104,11 +104,14 @@ def read_latest_checkpoint(output_dir: Path, warn) -> Checkpoint | None:
     Raises:
         ValueError: there are checkpoints, and none of them can be read.
     """
-    paths = list_checkpoints(output_dir)
+    try:
+        paths = list_checkpoints(output_dir)
+    except OSError as error:
+        raise ValueError(f"'{output_dir}' cannot be read ({error.strerror}); try again when it can") from None
     for path in reversed(paths):
         try:
             return read_checkpoint(path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             warn(f"skipping damaged checkpoint '{path.name}' of step {checkpoint_step(path)}: {error}")
     if paths:
         raise ValueError(
@@ -139,13 +142,15 @@ def find_resume(accelerator: Accelerator, output_dir: Path, name: str | None, se
         try:
             if name == "latest":
                 found[0] = read_latest_checkpoint(output_dir, logger.warning)
+            elif path := find_checkpoint(output_dir, name):
+                found[0] = read_checkpoint(path)
             else:
-                found[0] = read_checkpoint(find_checkpoint(output_dir, name))
+                raise ValueError(f"no checkpoint {name!r} in '{output_dir}'; give the path of its folder, or 'latest'")
             if found[0] is None:
                 logger.info(f"No checkpoint in '{output_dir}' yet: starting a new run")
             else:
                 check_resumable(found[0].settings, settings, logger.warning)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             found[1] = f"--resume_from_checkpoint: {error}"
     broadcast_object_list(found)
     checkpoint, problem = found
@@ -169,7 +174,7 @@ def restore(stateful: dict, state: dict) -> None:
 def last_good(output_dir: Path) -> str:
     """How to go on from the newest whole checkpoint, as a sentence."""
     try:
-        checkpoint = read_latest_checkpoint(output_dir, logger.warning)
+        checkpoint = read_latest_checkpoint(output_dir, lambda _: None)  # whoever resumes will be warned
     except ValueError as error:
         return f"There is no checkpoint to go back to: {error}."
     if checkpoint is None:

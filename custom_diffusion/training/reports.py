@@ -1,6 +1,7 @@
 """What all processes know of each step, brought to the CPU without waiting for a GPU."""
 
 import math
+import time
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,9 @@ class StepReport:
     """Losses and gradient norm of a step, averaged over the processes, and the signal that any of them received.
 
     Attributes:
-        lr: the schedule's rate after the step. seconds: the step took, without what is done between steps.
-        finite: the loss is finite, and so are the gradients, unless they are scaled and may overflow now and then.
+        lr: the schedule's rate after the step.
+        seconds: from one step known to the next, without what is done between steps.
+        finite: the loss and the gradients are finite.
         losses: by name, as `objective.custom_diffusion_losses` names them.
     """
 
@@ -32,6 +34,11 @@ class StepReports:
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self._pending = None
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """The next step begins now: images and checkpoints between two steps are no part of it."""
+        self._started = time.perf_counter()
 
     def exchange(
         self,
@@ -41,7 +48,6 @@ class StepReports:
         stop_signal: int,
         *,
         lr: float,
-        seconds: float,
     ) -> list[StepReport]:
         """Hand over this step's losses (scalars by name), gradient norm and signal.
 
@@ -55,7 +61,7 @@ class StepReports:
         values = torch.cat([gathered[:, :-1].mean(dim=0), gathered[:, -1:].amax(dim=0)])
         before = self.latest()
         values, ready = start_copy(values)
-        self._pending = (values, ready, list(losses), {"step": step, "lr": lr, "seconds": seconds})
+        self._pending = (values, ready, list(losses), {"step": step, "lr": lr})
         return before if ready else self.latest()
 
     def latest(self) -> list[StepReport]:
@@ -65,10 +71,21 @@ class StepReports:
         (values, ready, names, known), self._pending = self._pending, None
         if ready is not None:
             ready.synchronize()
+        seconds = time.perf_counter() - self._started
+        self.restart_clock()
         *losses, grad_norm, stop_signal = values.tolist()
         losses = dict(zip(names, losses))
-        finite = math.isfinite(losses["loss"]) and (self.accelerator.scaler is not None or math.isfinite(grad_norm))
-        return [StepReport(**known, finite=finite, losses=losses, grad_norm=grad_norm, stop_signal=int(stop_signal))]
+        finite = math.isfinite(losses["loss"]) and math.isfinite(grad_norm)
+        return [
+            StepReport(
+                **known,
+                seconds=seconds,
+                finite=finite,
+                losses=losses,
+                grad_norm=grad_norm,
+                stop_signal=int(stop_signal),
+            )
+        ]
 
 
 def start_copy(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:

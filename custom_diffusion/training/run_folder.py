@@ -67,12 +67,16 @@ class RunFolder:
 
 
 def check_token_files(accelerator: Accelerator, output_dir: Path, tokens: list[str]) -> None:
-    """Raises InputError, in all processes, for a token whose file the output folder's file system cannot hold."""
+    """Raises InputError, in all processes, if the output folder's file system cannot hold a token's file, or none at all."""
     problem = [None]
     if accelerator.is_main_process:
-        refused = [token for token in tokens if not can_hold(output_dir, f"{token}.safetensors")]
+        try:
+            refused = [token for token in tokens if not can_hold(output_dir, f"{token}.safetensors")]
+        except OSError as error:
+            refused = []
+            problem[0] = f"--output_dir: cannot write to '{output_dir}': {error}; choose another folder, or make room"
         if refused:
-            better = "+".join("".join(c for c in token if c.isalnum()) or "new1" for token in tokens)
+            better = "+".join(f"new{index + 1}" for index in range(len(tokens)))
             problem[0] = (
                 f"--modifier_token: the file system of '{output_dir}' cannot hold a file named "
                 f"'{refused[0]}.safetensors'; use --modifier_token {better}, in the prompts too"

@@ -1,6 +1,7 @@
 """What a run depends on: kept with its weights and checkpoints, and compared when it is resumed."""
 
 import argparse
+import math
 from importlib.metadata import version
 
 from custom_diffusion.cli.concepts import Concept
@@ -101,7 +102,7 @@ def check_resumable(before: dict, now: dict, warn) -> None:
         if name in must_agree:
             raise ValueError(f"the checkpoint does not fit: {line}; use the same flags, or another --output_dir")
         if name == "pretrained_model_name_or_path":
-            warn(f"the same model from another place: {line}")
+            warn(f"the base model moved, with the same configuration files: {line}")
         elif name == "samples_per_step":
             warn(f"resuming a different run: {line}; {_flags_that_keep(before[name], now)}")
         else:
@@ -115,8 +116,7 @@ def _flags_that_keep(samples_per_step, now):
     share, rest = divmod(samples_per_step, num_processes)
     if rest:
         return f"to keep it, use a number of processes that divides {samples_per_step}"
-    if share % batch_size:
-        batch_size = 1
+    batch_size = math.gcd(batch_size, share)
     return f"to keep it, use --train_batch_size {batch_size} --gradient_accumulation_steps {share // batch_size}"
 
 

@@ -5,15 +5,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
+from custom_diffusion.errors import InputError
 from custom_diffusion.files import SAMPLES_DIR, whole_file
 from custom_diffusion.model.concept_model import ConceptModel
 from custom_diffusion.model.loading import load_vae
 from custom_diffusion.model.source import ModelSource
 
+logger = get_logger(__name__)
 NUM_INFERENCE_STEPS = 25
 
 
@@ -44,7 +47,7 @@ class Validation:
     ) -> StableDiffusionPipeline:
         """A pipeline over the given modules, without a safety checker; its VAE is loaded only if images are drawn."""
         pipeline = StableDiffusionPipeline(
-            vae=load_vae(self.source, self.dtype, self.accelerator.device) if self.num_images else None,
+            vae=self._load_vae(),
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             unet=unet,
@@ -55,6 +58,16 @@ class Validation:
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def _load_vae(self):
+        """None if no images are wanted, or, with a warning, if the model is no longer there: training goes on without."""
+        if not self.num_images:
+            return None
+        try:
+            return load_vae(self.source, self.dtype, self.accelerator.device, again=True)
+        except InputError as error:
+            logger.warning(f"no images are drawn this time: {error.problems[0]}")
+            return None
 
     def during_training(self, model: ConceptModel, step: int) -> None:
         """Draw with the model as it is after `step` optimizer steps, on the main process."""
@@ -74,7 +87,10 @@ class Validation:
 
     @torch.no_grad()
     def draw(self, pipeline: StableDiffusionPipeline) -> list[Image.Image]:
-        """`num_images` images, the i-th from noise seeded with seed + i on the CPU, the same on every device."""
+        """`num_images` images, the i-th from noise seeded with seed + i on the CPU, the same on every device.
+
+        None without a VAE.
+        """
         return [
             pipeline(
                 self.prompt,
@@ -83,7 +99,7 @@ class Validation:
                 num_inference_steps=NUM_INFERENCE_STEPS,
                 generator=torch.Generator().manual_seed(self.seed + index),
             ).images[0]
-            for index in range(self.num_images)
+            for index in range(self.num_images if pipeline.vae is not None else 0)
         ]
 
 
