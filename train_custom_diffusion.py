@@ -7,9 +7,11 @@ import os
 import signal
 import sys
 
+from custom_diffusion.cli.launcher import end_with_launcher
 from custom_diffusion.cli.training_flags import modifier_pairs, parse_args
 
 if __name__ == "__main__":
+    end_with_launcher()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins, Ctrl-C simply ends the process
     args, concepts = parse_args()  # before the imports that take seconds: `--help` and a wrong flag answer at once
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would announce that torchvision, unused, is missing
@@ -61,9 +63,13 @@ from custom_diffusion.training.run_folder import RunFolder, check_token_files
 from custom_diffusion.training.samples import Progress, SampleSettings, TrainingBatches, TrainingSamples
 from custom_diffusion.training.settings import run_settings, weights_config
 from custom_diffusion.training.stopping import (
+    LOST_PROCESS,
+    ProcessLost,
     RunStopped,
     StopSignals,
     interrupted_message,
+    is_lost_process,
+    lost_process_told,
     non_finite_message,
     write_together,
 )
@@ -212,7 +218,8 @@ def main(args, concepts):
             reports.restart_clock()
     bar.close()
     write_together(accelerator, output_dir, run_folder.save_weights, progress.step)
-    signals.end_at_once(f"train_custom_diffusion.py: stopped by a signal; the trained weights are in '{output_dir}'")
+    saved = f"the trained weights are in '{output_dir}'"
+    signals.end_at_once(f"train_custom_diffusion.py: stopped by a signal; {saved}")
 
     # Teardown: what only training needs makes room for the last images. DDP's reducer must go before its process group in
     # any case: as the last to hold a gloo group it could wait for itself forever.
@@ -230,7 +237,8 @@ def main(args, concepts):
         images = validation.show(pipeline, name="final", tag="test", step=progress.step)
         if repo_id is not None:
             share.upload_run(args, output_dir, repo_id, weights_config(settings, progress.step), images)
-    accelerator.wait_for_everyone()  # the process group must not go while one of them still works
+    with lost_process_told(saved):
+        accelerator.wait_for_everyone()  # the process group must not go while one of them still works
     accelerator.end_training()
 
 
@@ -464,19 +472,30 @@ def log_step(accelerator, bar, report, output_dir):
     accelerator.log(report.losses | values, step=report.step)
 
 
+def end(message, status=1):
+    """End the process with a line below the progress bar."""
+    tqdm.write(f"train_custom_diffusion.py: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
+    first = int(os.environ.get("RANK", 0)) == 0
     try:
         main(args, concepts)
     except InputError as error:
         exit_with_problems("train_custom_diffusion.py", error.problems)
+    except ProcessLost as lost:
+        end(lost)
     except RunStopped as stop:
-        if int(os.environ.get("RANK", 0)) == 0:
-            tqdm.write(f"train_custom_diffusion.py: {stop}", file=sys.stderr)  # below the progress bar
+        if first:
+            end(stop, stop.status)
         sys.exit(stop.status)
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        # Other machines may not see the checkpoints
+        end(f"{LOST_PROCESS}. {last_good(Path(args.output_dir))}" if first else LOST_PROCESS)
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
-        tqdm.write(
-            f"train_custom_diffusion.py: cannot write: {error}. {last_good(Path(args.output_dir))}", file=sys.stderr
-        )
-        sys.exit(1)
+        end(f"cannot write: {error}. {last_good(Path(args.output_dir))}")

@@ -1,6 +1,6 @@
 """Image files: which ones there are, and how any of them becomes pixels.
 
-Training, its checks, retrieval and previews all read images by this module, so that all of them see the same pixels.
+Training, its checks and retrieval all read images by this module, so that all of them see the same pixels.
 """
 
 from pathlib import Path

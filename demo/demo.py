@@ -26,9 +26,9 @@ import numpy as np
 import transformers
 from diffusers import StableDiffusionPipeline
 from judge import generate
-from PIL import Image
 
 from custom_diffusion import load_custom_diffusion
+from custom_diffusion.images import open_image
 
 MODEL = Path("demo/model")
 PHOTOS = Path("demo/photos")
@@ -111,7 +111,7 @@ def main() -> None:
     print("\nDrawing before and after ...", flush=True)
     before, after = load_pipeline(), load_pipeline(weights)
     scores = {"before": concept.scores(before, "ktn", args.seed), "after": concept.scores(after, "<new1>", args.seed)}
-    photos = [np.asarray(Image.open(path).convert("RGB")) for path in sorted((ROOT / PHOTOS).glob("*.png"))]
+    photos = [np.asarray(open_image(path)) for path in sorted((ROOT / PHOTOS).glob("*.png"))]
     rows = [
         (prompts, generate(before, [prompts[0]] * 5, args.seed), generate(after, [prompts[1]] * 5, args.seed))
         for prompts in ROWS

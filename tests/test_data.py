@@ -156,6 +156,23 @@ def test_class_images_keep_their_shape():
     assert torch.equal(mirrored, pixels.flip(2))
 
 
+@pytest.mark.parametrize("pool_size", [None, 4])
+def test_class_images_are_mirrored_at_half_of_the_positions(pool_size, tmp_path):
+    photos = [(p, "a cat") for p in make_pictures(tmp_path / "a", 1).iterdir()]
+    classes = [(p, "cat") for p in make_pictures(tmp_path / "b", 1, (64, 64), seed=2).iterdir()]
+    plain = render_class_image(open_image(classes[0][0]), np.random.default_rng(0), 64, center_crop=True, flip=False)
+    settings = replace(SETTINGS, center_crop=True, pool_size=pool_size)
+    count = 200
+    flipped = TrainingSamples(photos, classes, settings)
+    shown = [flipped[position, True]["pixel_values"][1] for position in range(count)]
+    as_it_is = sum(torch.equal(pixels, plain) for pixels in shown)
+    mirrored = sum(torch.equal(pixels, plain.flip(2)) for pixels in shown)
+    assert as_it_is + mirrored == count
+    assert 0.35 * count < mirrored < 0.65 * count
+    never = TrainingSamples(photos, classes, replace(settings, hflip=False))
+    assert all(torch.equal(never[position, True]["pixel_values"][1], plain) for position in range(20))
+
+
 @pytest.fixture
 def samples(tmp_path):
     photos = [(p, "a <new1> cat") for p in sorted(make_pictures(tmp_path / "a", 3).iterdir())]

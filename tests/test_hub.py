@@ -1,5 +1,6 @@
 """Sharing, with the real huggingface_hub client against a Hub on this machine: there and back."""
 
+import json
 import os
 import re
 import shlex
@@ -14,9 +15,10 @@ from hub_server import READ_TOKEN, TOKEN, HubServer
 from launch import PLAIN, ROOT, run
 from tiny import make_model, make_pictures
 
+from custom_diffusion.cli.training_flags import build_parser
 from custom_diffusion.errors import InputError
 from custom_diffusion.tools.share import make_repository, upload_run, write_card
-from custom_diffusion.training.model_card import model_card, training_command
+from custom_diffusion.training.model_card import PATH_FLAGS, model_card, training_command
 
 CONFIG = {
     "base_model": "tester/base",
@@ -62,13 +64,15 @@ def local_hub(server, monkeypatch):
 def pushed(server, base, tmp_path_factory):
     """A run with --push_to_hub on a base model from the Hub: its working folder and what it printed."""
     root = tmp_path_factory.mktemp("pushed")
-    make_pictures(root / "cat", 3)
+    for number, photo in enumerate(make_pictures(root / "cat", 3).iterdir()):
+        photo.rename(photo.with_name(f"aunt-mary-{number}.jpg"))
     arguments = {
         "pretrained_model_name_or_path": "tester/base",
-        "instance_data_dir": "cat",
+        "instance_data_dir": root / "cat",
+        "class_data_dir": root / "class",
         "instance_prompt": "photo of a <new1> cat",
         "modifier_token": "<new1>",
-        "output_dir": "my-cat",
+        "output_dir": root / "my-cat",
         "resolution": 64,
         "train_batch_size": 1,
         "max_train_steps": 3,
@@ -121,6 +125,17 @@ def test_card_says_what_it_is_and_never_the_token(server, pushed):
     assert "step-000000" not in card
 
 
+def test_nothing_that_is_uploaded_names_a_photo_or_a_folder(server, pushed):
+    root, _ = pushed
+    for name, content in server.repositories["tester/my-cat"].items():
+        for private in ("aunt-mary", str(root), root.name):
+            assert private.encode() not in content, name
+            assert private not in name
+    config = json.loads(server.repositories["tester/my-cat"]["custom_diffusion_config.json"])
+    assert config["settings"]["learning_rate"] == 1e-2
+    assert config["concepts"] == [{"instance_prompt": "photo of a <new1> cat", "class_prompt": None, "num_photos": 3}]
+
+
 def test_info_describes_a_repository_by_its_id(server, pushed, tmp_path):
     described = in_client(server, tmp_path, [sys.executable, "-m", "custom_diffusion", "info", "tester/my-cat"])
     assert described.returncode == 0, described.stderr
@@ -155,13 +170,13 @@ assert card.data.base_model == "tester/base"
     assert plain < 1 < base  # diffusers' own loader agrees to a grey level; without the weights it is another picture
 
 
-def make_trained_folder(folder):
+def make_trained_folder(folder, config=CONFIG):
     from custom_diffusion.weights.format import ConceptWeights, write_weights
 
     names = [f"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_{p}.weight" for p in "kv"]
     tokens = {token: torch.ones(32) for token in CONFIG["modifier_tokens"]}
     unet = Namespace(attn_processors={})
-    write_weights(folder, ConceptWeights({n: torch.ones(32, 32) for n in names}, tokens, CONFIG), unet, ("bin",))
+    write_weights(folder, ConceptWeights({n: torch.ones(32, 32) for n in names}, tokens, config), unet, ("bin",))
 
 
 def test_failed_upload_loses_nothing_and_the_printed_command_repeats_it(local_hub, tmp_path, capsys):
@@ -180,6 +195,28 @@ def test_failed_upload_loses_nothing_and_the_printed_command_repeats_it(local_hu
     assert {"<new1>.bin", "<new2>.bin", "README.md"} < set(local_hub.repositories["tester/my-pot"])
 
 
+@pytest.mark.parametrize("place", ["/home/mary/models/sd", "./models/sd", "~/sd", "home/mary/sd", "D:\\\\sd"])
+def test_a_folder_with_the_settings_of_older_versions_is_shared_without_them(place, local_hub, tmp_path):
+    concepts = [concept | {"photos": ["aunt-mary.jpg"]} for concept in CONFIG["concepts"]]
+    settings = {"pretrained_model_name_or_path": place, "tokenizer_name": place, "concepts": concepts, "seed": 42}
+    make_trained_folder(tmp_path / "old", CONFIG | {"base_model": place, "concepts": concepts, "settings": settings})
+    run_tool("share", tmp_path / "old")
+    files = local_hub.repositories.pop("tester/old")
+    for name, content in files.items():
+        assert b"mary" not in content and place.encode() not in content, name
+    config = json.loads(files["custom_diffusion_config.json"])
+    assert config["concepts"] == config["settings"]["concepts"] == CONFIG["concepts"]
+    assert config["settings"]["seed"] == 42
+
+
+def test_a_base_model_of_the_hub_stays_named(local_hub, tmp_path):
+    settings = {"pretrained_model_name_or_path": "tester/base", "tokenizer_name": None}
+    make_trained_folder(tmp_path / "named", CONFIG | {"settings": settings})
+    run_tool("share", tmp_path / "named")
+    config = json.loads(local_hub.repositories.pop("tester/named")["custom_diffusion_config.json"])
+    assert config == CONFIG | {"settings": settings}
+
+
 @pytest.mark.parametrize(
     ("name", "token", "expected"),
     [
@@ -194,6 +231,32 @@ def test_a_repository_that_cannot_be_written_is_refused_in_one_line(local_hub, n
     with pytest.raises(InputError, match=expected) as raised:
         make_repository(name, token, asked_by="--push_to_hub")
     assert len(raised.value.problems) == 1 and "\n" not in raised.value.problems[0]
+
+
+@pytest.mark.parametrize("trouble", ["login", "right", "name", "answer", "network"])
+def test_share_blames_only_flags_that_it_has(trouble, local_hub, tmp_path, capsys, monkeypatch):
+    local_hub.repositories["somebody/cat"] = {}
+    make_trained_folder(tmp_path / "cat")
+    flags = {
+        "login": ["--hub_token", "hf_wrong"],
+        "right": ["--hub_model_id", "somebody/cat"],
+        "name": ["--hub_model_id", "my cat"],
+        "answer": [],
+        "network": [],
+    }
+    if trouble == "answer":
+        monkeypatch.setattr(local_hub, "refuse", "/repos/create")
+    if trouble == "network":
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(SystemExit) as ended:
+        run_tool("share", tmp_path / "cat", *flags[trouble])
+    (line,) = capsys.readouterr().err.splitlines()
+    with pytest.raises(SystemExit):
+        run_tool("share", "--help")
+    assert ended.value.code == 2
+    has = set(re.findall(r"--\w+", capsys.readouterr().out))
+    assert set(re.findall(r"--\w+", line)) <= has
+    assert re.match(r"custom-diffusion share: error: --hub_(token|model_id): ", line)
 
 
 def test_unreachable_hub_is_refused_in_one_line(monkeypatch):
@@ -227,3 +290,26 @@ def test_training_command_keeps_everything_but_the_token(given, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     launcher = "accelerate launch --mixed_precision fp16 --num_processes 2"
     assert training_command(argv) == expected.replace("python", launcher)
+
+
+@pytest.mark.parametrize("joined", [True, False], ids=["--flag=value", "--flag value"])
+@pytest.mark.parametrize("short", [True, False], ids=["abbreviated", "whole"])
+def test_training_command_names_no_place_on_this_computer(joined, short, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    places = ["pretrained_model_name_or_path", "instance_data_dir", "class_data_dir", "concepts_list", "output_dir",
+              "logging_dir", "tokenizer_name", "resume_from_checkpoint"]  # fmt: skip
+    argv, expected = ["/home/mary/train_custom_diffusion.py"], ["python", "train_custom_diffusion.py"]
+    for name in places:
+        flag = f"--{name[:-1] if short else name}"
+        argv += [f"{flag}=/home/mary/x"] if joined else [flag, "/home/mary/x"]
+        expected += [f"{flag}={name.upper()}"] if joined else [flag, name.upper()]
+    assert training_command([*argv, "--hflip", "--seed", "3"]) == shlex.join([*expected, "--hflip", "--seed", "3"])
+
+
+def test_every_flag_of_training_that_takes_a_place_is_known():
+    """A new flag is either listed as a place, or here as none."""
+    none = {"help", "revision", "variant", "freeze_model", "modifier_token", "initializer_token", "instance_prompt",
+            "class_prompt", "prior_generation_precision", "lr_scheduler", "validation_prompt", "report_to", "hub_token",
+            "hub_model_id", "mixed_precision"}  # fmt: skip
+    text = {action.dest for action in build_parser()._actions if action.nargs is None and action.type is None}
+    assert text - none == set(PATH_FLAGS)

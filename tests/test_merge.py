@@ -88,6 +88,18 @@ def test_more_words_than_features_cannot_be():
         Constraints(captions.T @ captions, words)
 
 
+def test_as_many_words_as_features_leave_no_choice():
+    base, words, captions, targets = random_problem(s=40)
+    merged, _ = Constraints(captions.T @ captions, words).merge(base, targets)
+    assert torch.allclose(merged @ words.T, targets.T, atol=1e-8)
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e5])
+def test_the_rank_of_the_captions_is_told_whatever_their_scale(scale):
+    _, words, captions, _ = random_problem(n=15)
+    assert Constraints(scale * captions.T @ captions, words).rank == 15
+
+
 def test_nearly_equal_words_are_warned_of(capsys):
     base, words, captions, targets = random_problem()
     words[1] = words[0] + 1e-7 * words[1]

@@ -8,6 +8,7 @@ import subprocess
 import launch
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import make_pictures
 
 from custom_diffusion.cli.concepts import Concept
@@ -37,6 +38,14 @@ def test_two_processes_equal_one(arguments, one_process, tmp_path, trained_diffe
     assert trained_difference(one_process, tmp_path / "out") < TOLERANCE
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {path.name for path in one_process.iterdir()}
+    for name in ("loss", "instance_loss", "prior_loss", "grad_norm"):  # of all that a step shows, not of one process
+        assert logged(tmp_path / "out", name) == pytest.approx(logged(one_process, name), rel=1e-4)
+
+
+def logged(output_dir, name):
+    """A run's values in TensorBoard."""
+    events = EventAccumulator(str(output_dir / "logs" / "custom-diffusion"))
+    return [event.value for event in events.Reload().Scalars(name)]
 
 
 def test_accumulation_equals_a_bigger_batch(arguments, one_process, tmp_path, trained_difference):

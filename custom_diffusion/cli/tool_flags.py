@@ -62,7 +62,7 @@ def weights_problems(flag: str, path: str) -> list[str]:
         return [f"{flag}: '{path}' has no {WEIGHTS_FILES[0]}, .bin or {WEIGHTS_FILES[2]}; give a trained folder"]
     if folder.is_file():
         return [f"{flag}: '{path}' is a file; give the folder that it is in"]
-    if _cannot_be_hub_id(path):
+    if cannot_be_hub_id(path):
         return [f"{flag}: folder '{path}' does not exist; give a trained folder or a Hub id"]
     return []
 
@@ -76,12 +76,13 @@ def model_problems(args: argparse.Namespace) -> list[str]:
     folder = Path(args.model)
     if folder.is_dir() and not (folder / MODEL_INDEX).is_file():
         return [f"--model: '{args.model}' has no {MODEL_INDEX}; give a model in the diffusers layout"]
-    if not folder.is_dir() and _cannot_be_hub_id(args.model):
+    if not folder.is_dir() and cannot_be_hub_id(args.model):
         return [f"--model: folder '{args.model}' does not exist; give a folder with {MODEL_INDEX} or a Hub id"]
     return []
 
 
-def _cannot_be_hub_id(path):
+def cannot_be_hub_id(path: str) -> bool:
+    """Whether this can only be a place on this computer."""
     return not path or path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
 
 

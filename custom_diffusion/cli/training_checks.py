@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import math
+import os
 from pathlib import Path
 
 from custom_diffusion.cli.concepts import folder_problems
@@ -35,13 +36,20 @@ NOT_NEGATIVE = [
 ]
 SHARES = ("adam_beta1", "adam_beta2")  # in [0, 1)
 MAY_BE_INFINITE = ("max_grad_norm",)  # no clipping
+# Ways of training that `accelerate config` offers and this script does not have, by the variable that asks for them.
+NOT_OFFERED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
 LARGEST_SEED = 2**32 - 1  # NumPy's
 LONGEST_TOKEN = 200  # bytes; with a suffix it must be a file name, of which file systems allow 255
 
 
 def flag_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the flags themselves, one line each; empty when nothing is."""
-    problems = _number_problems(args)
+    problems = _launch_problems(args)
+    problems += _number_problems(args)
     problems += _token_problems(args)
     problems += _model_problems(args)
     problems += _library_problems(args)
@@ -49,6 +57,21 @@ def flag_problems(args: argparse.Namespace) -> list[str]:
     problems += _output_problems(args)
     if args.real_prior and not args.with_prior_preservation:
         problems.append("--real_prior: needs --with_prior_preservation; add it, or leave --real_prior out")
+    return problems
+
+
+def _launch_problems(args):
+    """What `accelerate launch` was configured to do and cannot be done."""
+    problems = [
+        f"accelerate config: {name} splits models that are too large for one GPU, which this script neither needs nor "
+        "supports; answer no to it, or start the script with `accelerate launch --multi_gpu`, on a single GPU with `python`"
+        for variable, name in NOT_OFFERED.items()
+        if os.environ.get(variable, "false").lower() == "true"
+    ]
+    if args.mixed_precision is None and os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower() == "fp8":
+        problems.append(
+            "accelerate config: fp8 is no precision of this script; give --mixed_precision bf16, fp16 or no"
+        )
     return problems
 
 

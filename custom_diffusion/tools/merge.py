@@ -224,7 +224,8 @@ def regularisation_captions(parts: list[ConceptWeights], captions: list[str | Pa
     """The captions of these files, taken in turn from each, or sentences made of the parts' classes."""
     files = []
     for path in captions:
-        lines = caption_file(path).read_text(encoding="utf-8", errors="replace").splitlines()
+        # As in a class folder, only "\n" ends a line: str.splitlines would also cut inside a caption.
+        lines = caption_file(path).read_text(encoding="utf-8", errors="replace").split("\n")
         files.append([line.strip() for line in lines if line.strip()])
         if not files[-1]:
             raise InputError(f"--captions: '{caption_file(path)}' is empty; give one caption a line")

@@ -118,6 +118,7 @@ def make_repository(name: str, token: str | None, *, asked_by: str) -> str:
         raise InputError(f"--hub_model_id: {first_line(error)}") from None
     except HfHubHTTPError as error:
         if _status(error) == 401:
+            asked_by = "--hub_token" if token else asked_by
             reason = "the Hub does not accept the login; run `hf auth login` with a token that may write"
         elif _status(error) == 403:
             reason = (

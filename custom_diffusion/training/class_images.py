@@ -18,7 +18,9 @@ from custom_diffusion.images import find_images
 from custom_diffusion.model.loading import load_pipeline
 from custom_diffusion.model.source import ModelSource
 from custom_diffusion.training.samples import PRIOR, random_stream
-from custom_diffusion.training.stopping import RunStopped, StopSignals
+from custom_diffusion.training.stopping import RunStopped, StopSignals, lost_process_told
+
+GO_ON = "the images in place stay. To go on, repeat the command"
 
 
 def class_images(concept: Concept, num_class_images: int, real_prior: bool) -> list[tuple[Path, str]]:
@@ -28,6 +30,7 @@ def class_images(concept: Concept, num_class_images: int, real_prior: bool) -> l
     return [(path, concept.class_prompt) for path in find_images(concept.class_data_dir)[:num_class_images]]
 
 
+@lost_process_told(GO_ON)
 def generate_class_images(
     accelerator: Accelerator,
     source: ModelSource,
@@ -46,8 +49,8 @@ def generate_class_images(
     for the duration.
 
     Raises:
-        RunStopped: in all processes, if one of them received a signal or could not write; the images drawn so far stay, and
-            the next run goes on from there.
+        RunStopped: in all processes, if one of them received a signal, could not write or died; the images drawn so far
+            stay, and the next run goes on from there.
     """
     missing = missing_images(concepts, num_class_images)
     missing_somewhere = _any_process(accelerator, bool(missing))  # all have counted before the first image appears
@@ -145,8 +148,7 @@ def _draw(pipeline, batch, seed):
 def _stop_together(accelerator, signal_number, problem):
     """Raises RunStopped in all processes if any of them has a signal or a problem."""
     signal_number, failed = _largest(accelerator, signal_number), _any_process(accelerator, problem is not None)
-    where = "those in place stay. To go on, repeat the command"
     if failed:
-        raise RunStopped(f"{problem or 'another process cannot write class images'}; {where}")
+        raise RunStopped(f"{problem or 'another process cannot write class images'}; {GO_ON}")
     if signal_number:
-        raise RunStopped(f"stopped by a signal while class images were generated; {where}", status=128 + signal_number)
+        raise RunStopped(f"stopped by a signal while class images were generated; {GO_ON}", status=128 + signal_number)

@@ -6,16 +6,17 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+from custom_diffusion.cli.tool_flags import cannot_be_hub_id
 from custom_diffusion.files import WEIGHTS_NAME
 
 # Flags whose values are places on the user's computer.
-_PATH_FLAGS = ("instance_data_dir", "class_data_dir", "concepts_list", "output_dir", "logging_dir", "tokenizer_name",
-               "pretrained_model_name_or_path", "resume_from_checkpoint")  # fmt: skip
+PATH_FLAGS = ("instance_data_dir", "class_data_dir", "concepts_list", "output_dir", "logging_dir", "tokenizer_name",
+              "pretrained_model_name_or_path", "resume_from_checkpoint")  # fmt: skip
 
 
 def is_local(model: str | None) -> bool:
     """Whether this base model is no Hub id but a place on this computer. Not knowing one counts as local."""
-    return not model or Path(model).exists() or model.startswith((".", "/", "~")) or "\\" in model
+    return not model or Path(model).exists() or cannot_be_hub_id(model)
 
 
 def model_card(repo_id: str, config: dict, samples: list[tuple[str, str]], command: str | None = None) -> ModelCard:
@@ -158,10 +159,10 @@ def _full_name(flag):
     """Which flag that must not be shown as it is this one stands for, or None. argparse takes abbreviations such as --hub_t."""
     if not flag.startswith("--"):
         return None
-    return next((name for name in ("hub_token", *_PATH_FLAGS) if flag[2:] and name.startswith(flag[2:])), None)
+    return next((name for name in ("hub_token", *PATH_FLAGS) if flag[2:] and name.startswith(flag[2:])), None)
 
 
 def _public_value(name, value):
     if name == "pretrained_model_name_or_path" and not is_local(value):
         return value
-    return name.upper() if name in _PATH_FLAGS else value
+    return name.upper() if name in PATH_FLAGS else value

@@ -1,6 +1,5 @@
-"""Stopping a run, in all processes together: on SIGTERM or Ctrl-C, a non-finite loss, a full disk."""
+"""Stopping a run, in all processes together: on SIGTERM or Ctrl-C, a non-finite loss, a full disk, or when one has died."""
 
-import ctypes
 import os
 import signal
 import sys
@@ -8,13 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from custom_diffusion.training.checkpoints import last_good
 
-_PR_SET_PDEATHSIG = 1
+LOST_PROCESS = "another process of this run has ended, or cannot be reached"
 
 
 class RunStopped(Exception):
@@ -23,6 +23,26 @@ class RunStopped(Exception):
     def __init__(self, message: str, status: int = 1):
         super().__init__(message)
         self.status = status
+
+
+class ProcessLost(RunStopped):
+    """Another process of the run has died. Raised in each of those that are left, and told by each."""
+
+
+@contextmanager
+def lost_process_told(what_is_safe: str) -> Iterator[None]:
+    """Raises ProcessLost, which says `what_is_safe`, if the block waits for a process that has died."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        raise ProcessLost(f"{LOST_PROCESS}; {what_is_safe}") from None
+
+
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether an error means that another process of the run is gone. gloo's have no type of their own."""
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 
 class StopSignals:
@@ -35,11 +55,6 @@ class StopSignals:
     def __init__(self):
         self.received = 0
         self._interrupted = False
-        launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-        if sys.platform == "linux" and launched:
-            # `accelerate launch` dies of a SIGTERM without passing it on, and every launcher of a SIGKILL; the kernel
-            # then sends this process one.
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def remember(self) -> None:
         """From now on keep the first signal for later in `received`; a second Ctrl-C ends the process at once."""

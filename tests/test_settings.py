@@ -1,0 +1,61 @@
+"""Every flag either changes the course of a run, and is recorded and compared when the run is resumed, or it does not."""
+
+from pathlib import Path
+
+import pytest
+
+from custom_diffusion.cli.concepts import Concept
+from custom_diffusion.cli.training_flags import build_parser
+from custom_diffusion.training.settings import check_resumable, run_settings
+
+# Recorded under their own name, at least where they matter: the last three with a schedule, or with a pool of latents.
+COURSE = {
+    "pretrained_model_name_or_path", "revision", "variant", "tokenizer_name", "freeze_model", "initializer_token",
+    "with_prior_preservation", "real_prior", "prior_loss_weight", "num_class_images", "resolution", "center_crop", "hflip",
+    "noaug", "seed", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2",
+    "adam_weight_decay", "adam_epsilon", "use_8bit_adam", "max_grad_norm", "cache_latents", "train_batch_size",
+    "gradient_accumulation_steps", "mixed_precision", "max_train_steps", "num_train_epochs", "augmentations_per_image",
+}  # fmt: skip
+# Recorded in what follows from them: `modifier_tokens` and `concepts`.
+RECORDED_OTHERWISE = {"modifier_token", "instance_data_dir", "instance_prompt", "class_prompt", "concepts_list"}
+# Where a run writes, what it reports, how it is computed, and what is drawn before it starts.
+NO_COURSE = {
+    "help", "class_data_dir", "sample_batch_size", "prior_generation_precision", "dataloader_num_workers", "output_dir",
+    "set_grads_to_none", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
+    "no_safe_serialization", "validation_prompt", "num_validation_images", "validation_steps", "logging_dir", "report_to",
+    "push_to_hub", "hub_token", "hub_model_id", "gradient_checkpointing", "allow_tf32",
+    "enable_xformers_memory_efficient_attention", "local_rank", "cuda_graphs",
+}  # fmt: skip
+CONCEPTS = [Concept("photo of a <new1> cat", Path(__file__).parent, "cat", None)]
+
+
+def settings(*flags):
+    args = build_parser().parse_args(["--pretrained_model_name_or_path", "base", *flags])
+    return run_settings(args, CONCEPTS, ["<new1>"], args.mixed_precision or "no", 4, "0" * 16)
+
+
+def test_every_flag_is_known_as_part_of_the_course_or_not():
+    flags = {action.dest for action in build_parser()._actions}
+    groups = (COURSE, RECORDED_OTHERWISE, NO_COURSE)
+    assert flags == set().union(*groups)
+    assert len(flags) == sum(map(len, groups))
+
+
+def test_the_settings_hold_the_course_and_nothing_else():
+    recorded = settings("--lr_scheduler", "cosine", "--cache_latents")
+    follows = {"samples_per_step", "model_configuration", "modifier_tokens", "concepts"}
+    assert recorded.keys() == COURSE | follows
+
+
+@pytest.mark.parametrize("name", sorted(COURSE - {"train_batch_size", "gradient_accumulation_steps"}))
+def test_a_flag_of_the_course_that_changes_is_told_or_refused(name):
+    before = settings("--lr_scheduler", "cosine", "--cache_latents")
+    now = before | {name: "another"}
+    told = []
+    if name in ("freeze_model", "use_8bit_adam"):
+        with pytest.raises(ValueError, match=name):
+            check_resumable(before, now, told.append)
+    else:
+        check_resumable(before, now, told.append)
+        (line,) = told
+        assert f"{name} was {before[name]!r} in the checkpoint and is 'another' now" in line
