@@ -52,8 +52,17 @@ MODULES = {
     "weights/text_features.py": ["test_merge.py"],
     "tools/merge.py": ["test_merge.py", "test_command.py::test_bad_input_is_one_line_and_leaves_nothing"],
     "tools/export.py": ["test_export.py", "test_command.py::test_bad_input_is_one_line_and_leaves_nothing"],
-    "training/settings.py": ["test_checkpoints.py"],
-    "training/checkpoints.py": ["test_checkpoints.py"],
+    "training/settings.py": ["test_settings.py", "test_checkpoints.py", "test_resuming.py"],
+    "training/checkpoints.py": ["test_checkpoints.py", "test_resuming.py"],
+    # Whole runs, so only some of them.
+    "train_custom_diffusion.py": [
+        "test_settings.py",
+        "test_checkpoints.py",
+        "test_resuming.py",
+        "test_inputs.py::test_the_run_ends_before_it_writes",
+        "test_course.py::test_gradients_are_clipped_to_max_grad_norm",
+        "test_trackers.py",
+    ],
 }
 WORDING_CALLS = {"warn", "print", "InputError", "ValueError", "RuntimeError", "RunStopped", "info", "warning"}
 WORDING_KEYWORDS = {"help", "desc", "unit", "metavar", "description"}
@@ -185,16 +194,9 @@ class Bench:
         os.chdir(self.copy)
         sys.path[:0] = [str(self.copy), str(self.copy / "tests")]
         os.environ["PYTHONPATH"] = str(self.copy)
-        options = [
-            "-x",
-            "-q",
-            "-s",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-            f"--basetemp={self.work / 'temporary'}",
-        ]
+        # No capturing of logs: that of a run which is forked from the child is the run's own.
+        options = ["-x", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:logging", "--assert=plain"]
+        options.append(f"--basetemp={self.work / 'temporary'}")
         plugin = _Child(self.order)
         status = pytest.main([*options, *(f"tests/{test}" for test in tests)], plugins=[plugin])
         (self.work / "status").write_text(str(int(status)))

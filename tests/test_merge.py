@@ -334,12 +334,14 @@ def test_words_of_a_concept_are_its_token_and_all_after_it(reader):
     def features(prompt, start):
         return text_features(*reader, [prompt])[0][1][start:]
 
-    own = words(["photo of a <new1> cat", "a pot"], "<new1>")
+    own = words(["a pot", "photo of a <new1> cat"], "<new1>")
     expected = torch.cat([features("photo of a <new1> cat", 4), features("<new1> cat", 1)])
     assert torch.allclose(own, expected, atol=1e-5)  # (3 + 3 rows; the other prompt has no word of the concept)
     both = words(["a <new2> pot <new1>"], "<new1>", "<new2>")
     expected = torch.cat([features("a <new2> pot <new1>", 2), features("<new2> pot <new1>", 1)])
     assert torch.allclose(both, expected, atol=1e-5)
+    cut_off = words(["cat " * 20 + "<new1>"], "<new1>")  # beyond the model's 16 tokens
+    assert torch.allclose(cut_off, features("<new1>", 1), atol=1e-5)
     unused = words(["a <new1>"], "<new1>", "<new2>")  # a token that no prompt shows speaks for itself
     expected = torch.cat([features("a <new1>", 2), features("<new1>", 1), features("<new2>", 1)])
     assert torch.allclose(unused, expected, atol=1e-5)
