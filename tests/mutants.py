@@ -43,6 +43,9 @@ MODULES = {
     "weights/format.py": [
         "test_weights.py",
         "test_compress.py",
+        "test_export.py::test_what_was_kept_and_how_it_is_used_is_told",
+        "test_hub.py::test_weights_are_read_by_their_id_and_nothing_else_is_fetched",
+        "test_pickles.py::test_loading_into_a_pipeline_runs_nothing",
         "test_inputs.py::test_weights_files_of_other_things",
         "test_inputs.py::test_weights_files_cut_anywhere",
     ],

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from peft import LoraConfig
 from tiny import make_model
 
@@ -75,6 +75,8 @@ def test_files_are_small_and_have_the_format(concept):
     state = torch.load(concept / f"{WEIGHTS_NAME}.bin", weights_only=True)
     safe = safetensors.torch.load_file(concept / f"{WEIGHTS_NAME}.safetensors")
     assert state.keys() == safe.keys()
+    with safetensors.safe_open(concept / f"{WEIGHTS_NAME}.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # without it some loaders refuse the file
     assert sum(len(value) == 0 for value in state.values()) == 4  # one for each self-attention
     for key, value in state.items():
         if key.endswith("attn1.processor"):
@@ -298,6 +300,12 @@ def test_a_pipeline_without_a_part_is_named(tiny_model, concept, part):
         load_custom_diffusion(pipeline, str(concept))
 
 
+def test_a_pipeline_of_another_kind_is_refused(concept):
+    unet = UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    with pytest.raises(ValueError, match=r"does not fit the pipeline: it has no text_encoder$"):
+        load_custom_diffusion(DDPMPipeline(unet, DDPMScheduler()), concept)
+
+
 def test_a_token_that_another_has_brought_is_named(tiny_model, concept):
     pipeline = make_pipeline(tiny_model)
     pipeline.load_textual_inversion({"<new1>": torch.ones(32)}, token="<new1>")
@@ -323,6 +331,7 @@ def test_tokens_of_folders_without_settings_are_found_by_their_files(tmp_path, c
     folder = shutil.copytree(concept, tmp_path / "copy")
     (folder / "custom_diffusion_config.json").unlink()
     torch.save({"<cat>": torch.ones(32)}, folder / "<cat>.bin")
+    (folder / "<new1>.bin").unlink()
     (folder / "notes.bin").touch()
     weights = read_weights(folder)
     assert list(weights.tokens) == ["<cat>", "<new1>"] and weights.config == {}
@@ -376,6 +385,8 @@ def test_compressed_files_of_other_things(tmp_path, change, named):
 
 
 def test_settings_are_readable(concept):
-    config = json.loads((concept / "custom_diffusion_config.json").read_text())
+    text = (concept / "custom_diffusion_config.json").read_text()
+    assert '\n  "modifier_tokens": ' in text  # a line each
+    config = json.loads(text)
     assert config["modifier_tokens"] == ["<new1>"]
     assert read_weights(concept).config == config
