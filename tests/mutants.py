@@ -55,7 +55,12 @@ MODULES = {
     "weights/text_features.py": ["test_merge.py"],
     "tools/merge.py": ["test_merge.py", "test_command.py::test_bad_input_is_one_line_and_leaves_nothing"],
     "tools/export.py": ["test_export.py", "test_command.py::test_bad_input_is_one_line_and_leaves_nothing"],
-    "training/settings.py": ["test_settings.py", "test_checkpoints.py", "test_resuming.py"],
+    "training/settings.py": [
+        "test_settings.py",
+        "test_checkpoints.py::test_other_flags_are_named",
+        "test_resuming.py::test_the_flags_that_are_named_keep_the_samples_per_step",
+        "test_resuming.py::test_checkpoints_that_do_not_record_it_compare_the_flags_behind_it",
+    ],
     "training/checkpoints.py": ["test_checkpoints.py", "test_resuming.py"],
     # Whole runs, so only some of them.
     "train_custom_diffusion.py": [
