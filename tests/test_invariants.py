@@ -94,6 +94,9 @@ def test_removed_projections_are_plain_and_good_for_nothing_until_weights_are_lo
         parameter = unet.get_parameter(name)
         assert parameter.shape == shape and parameter.dtype == torch.bfloat16
         assert parameter.isnan().all() and not parameter.requires_grad
+    elsewhere = make_concept_model(tiny_model, pairs=[])[0].unet.to("meta")
+    remove_trained_projections(elsewhere, torch.bfloat16)
+    assert {parameter.device.type for parameter in elsewhere.parameters()} == {"meta"}
 
 
 def test_without_tokens_the_embedding_stays_and_removing_them_puts_it_back(tiny_model):
