@@ -49,6 +49,14 @@ def test_the_settings_hold_the_course_and_nothing_else():
     assert recorded.keys() == COURSE | follows
 
 
+def test_flags_are_recorded_as_they_are():
+    flags = ["--lr_scheduler", "cosine", "--cache_latents", "--max_train_steps", "9", "--num_train_epochs", "3"]
+    args = build_parser().parse_args(["--pretrained_model_name_or_path", "base", *flags])
+    recorded = settings(*flags)
+    for name in COURSE - {"mixed_precision"}:
+        assert recorded[name] == getattr(args, name), name
+
+
 @pytest.mark.parametrize("name", sorted(COURSE - {"train_batch_size", "gradient_accumulation_steps"}))
 def test_a_flag_of_the_course_that_changes_is_told_or_refused(name):
     before = settings("--lr_scheduler", "cosine", "--cache_latents")
