@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import libcst as cst
@@ -251,8 +252,8 @@ def _computed():
     return usage.ru_utime + usage.ru_stime
 
 
-def judge(bench: Bench, module: str, sample: int | None, again: set[str] | None) -> dict:
-    """Run mutants of one module: all, `sample` of them, or those of `again`."""
+def judge(bench: Bench, module: str, sample: int | None, again: set[str] | None, save: Callable[[dict], None]) -> None:
+    """Run mutants of one module: all, `sample` of them, or those of `again`; after each, hand what is known to `save`."""
     path = bench.copy / (module if (ROOT / module).exists() else f"{PACKAGE}/{module}")
     code = path.read_text()
     seconds = bench.baseline(MODULES[module])
@@ -269,13 +270,13 @@ def judge(bench: Bench, module: str, sample: int | None, again: set[str] | None)
             continue
         path.write_text(mutated)
         results[name] = bench.test(MODULES[module], 5 + 5 * seconds)
+        save({"mutants": len(mutants), "results": results})
         if results[name] == "survived":
             print(f"  survived {name}", flush=True)
     path.write_text(code)
     counts = Counter(results.values())
     caught = len(results) - counts["survived"]
     print(f"{module}: {len(results)} run, {caught} caught, {counts['survived']} survived", flush=True)
-    return {"mutants": len(mutants), "results": results}
 
 
 def _without_number(name):
@@ -302,7 +303,6 @@ def main() -> None:
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     results = {}
     with tempfile.TemporaryDirectory() as work:
         bench = Bench(Path(work))
@@ -312,8 +312,12 @@ def main() -> None:
             again = survivors(args.again, module) if args.again else None
             if again == set():
                 continue
-            results[module] = judge(bench, module, args.sample, again)
-            args.output.write_text(json.dumps(results, indent=1) + "\n")
+
+            def save(result, module=module):
+                results[module] = result
+                args.output.write_text(json.dumps(results, indent=1) + "\n")
+
+            judge(bench, module, args.sample, again, save)
 
 
 if __name__ == "__main__":
