@@ -30,6 +30,10 @@ from mutmut.mutation.mutators import mutation_operators, operator_string
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "custom_diffusion"
+COMMANDS = [
+    "test_command.py::test_bad_input_is_one_line_and_leaves_nothing",
+    "test_command.py::test_a_function_has_the_defaults_of_its_flags",
+]
 # What is changed -> the tests that should notice, the quickest first.
 MODULES = {
     "training/objective.py": ["test_objective.py"],
@@ -54,8 +58,8 @@ MODULES = {
     "weights/low_rank.py": ["test_compress.py", "test_export.py"],
     "weights/constraints.py": ["test_merge.py"],
     "weights/text_features.py": ["test_merge.py"],
-    "tools/merge.py": ["test_merge.py", "test_command.py::test_bad_input_is_one_line_and_leaves_nothing"],
-    "tools/export.py": ["test_export.py", "test_command.py::test_bad_input_is_one_line_and_leaves_nothing"],
+    "tools/merge.py": ["test_merge.py", *COMMANDS],
+    "tools/export.py": ["test_export.py", *COMMANDS],
     "training/settings.py": [
         "test_settings.py",
         "test_checkpoints.py::test_other_flags_are_named",

@@ -219,6 +219,12 @@ def test_a_merge_without_files_in_between_says_how_well_it_went(merged, tiny_mod
     }  # fmt: skip
 
 
+def test_one_caption_is_enough(merged, tmp_path):
+    captions = ["--captions", merged / "captions.txt", "--max_captions", "1"]
+    run_tool("merge", merged / "cat", merged / "pot", *captions, "--output", tmp_path / "both")
+    assert len(read_weights(tmp_path / "both").tokens) == 2
+
+
 def test_captions_are_taken_in_turn_from_files_and_class_folders(tmp_path):
     (tmp_path / "text").write_text("a cat\n\n  a pot  \na cat\na third\n", encoding="utf-8")
     (tmp_path / "folder").mkdir()
