@@ -319,6 +319,14 @@ def test_resuming_under_other_flags_follows_them(run, tmp_path):
     assert "lr=0.001" not in output
 
 
+def test_starting_anew_where_checkpoints_are_is_told(run, tmp_path):
+    shutil.copytree(run["output_dir"], tmp_path / "out")
+    arguments = run | {"output_dir": tmp_path / "out", "max_train_steps": 1}
+    output = launch.Run(launch.FORKED, arguments, tmp_path / "log").ok()
+    assert f"'{tmp_path / 'out'}' holds checkpoint-4 of an earlier run. This run starts anew" in output
+    assert "repeat the command with --resume_from_checkpoint latest" in output
+
+
 def test_other_tokens_are_refused(run, tmp_path):
     changes = {"modifier_token": "<new2>", "instance_prompt": "photo of a <new2> cat"}
     refused = launch.run(launch.FORKED, without_end(run, tmp_path) | changes, tmp_path / "log")

@@ -368,6 +368,12 @@ def test_class_images_get_the_size_on_their_shorter_side(size, result):
     assert shrink_to(Image.new("RGB", size), 64, enlarge=True).size == result
 
 
+def test_small_class_images_fill_the_canvas():
+    white = Image.new("RGB", (40, 30), (255, 255, 255))
+    pixels = render_class_image(white, np.random.default_rng(0), 64, center_crop=False, flip=False)
+    assert torch.equal(pixels, torch.ones(3, 64, 64))
+
+
 def test_class_images_are_cut_anywhere_but_in_their_middle_with_center_crop():
     ramp = np.broadcast_to(np.arange(103, dtype=np.uint8)[:, None, None], (103, 64, 3))
     image, rng = Image.fromarray(ramp.copy()), np.random.default_rng(0)
