@@ -44,6 +44,8 @@ def test_energy_is_a_share_of_the_sum_of_singular_values():
 def test_a_share_that_is_met_exactly_needs_no_more():
     parts = Decomposition(torch.eye(3), torch.tensor([2.0, 1.0, 1.0]), torch.eye(3))
     assert [parts.rank_for(share, power=1) for share in (0.5, 0.75)] == [1, 2]
+    small = Decomposition(torch.eye(3), torch.tensor([0.02, 0.01, 0.01]), torch.eye(3))
+    assert small.kept(1) == pytest.approx(4 / 6)  # a share, however small the change
 
 
 def test_ranks_are_summed_up():
