@@ -382,6 +382,7 @@ def test_weights_files_cut_anywhere(suffix, tmp_path):
 
 REAL = {
     "resolution": ({"resolution": 66}, "--resolution: 66 is not a multiple of 4; try 64"),
+    "all at once": ({"resolution": 66, "cuda_graphs": True}, "--resolution: 66 is not a multiple of 4; try 64"),
     "too small": ({"resolution": 1}, "--resolution: 1 is not a multiple of 4; try 4"),
     "token": (
         {"modifier_token": "cat", "instance_prompt": "photo of a cat"},
