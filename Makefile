@@ -7,7 +7,7 @@ OLDEST := .venv-oldest/bin
 CORE := $(wildcard $(addprefix tests/test_,weights.py run.py checkpoints.py resuming.py export.py objective.py retrieve*.py hub.py versions.py))
 PYTEST := -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-oldest matrix resolve style bench clean
+.PHONY: demo test test-oldest matrix resolve style bench mutants clean
 
 demo: $(SETUP)  ## train a new concept on the small built-in model, draw it: demo/output/before_after.png
 	$(BIN)/python demo/demo.py
@@ -29,6 +29,10 @@ style: $(SETUP)  ## ruff's opinion
 
 bench: $(SETUP)  ## speed and memory against another script: make bench PEER=path/to/train_custom_diffusion.py
 	$(BIN)/python benchmarks/bench.py --peer "$(PEER)" $(BENCH_ARGS)
+
+mutants: $(SETUP)  ## does a test notice when a line is wrong? Takes hours; MUTANTS_ARGS="objective --sample 50" does not
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'mutmut>=3.8,<4'
+	$(BIN)/python tests/mutants.py $(MUTANTS_ARGS)
 
 clean:
 	rm -rf .venv .venv-oldest .venv-matrix demo/output benchmarks/work

@@ -1,12 +1,15 @@
 """Checkpoint folders: small, whole or absent, checked before they are trusted, and good to draw from."""
 
+import copy
 import json
+import re
 import shutil
 
 import launch
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
 
 from custom_diffusion import load_custom_diffusion
 from custom_diffusion.files import (
@@ -21,9 +24,11 @@ from custom_diffusion.files import (
 from custom_diffusion.training.checkpoints import (
     Checkpoint,
     _checksum,
+    last_good,
     read_checkpoint,
     read_latest_checkpoint,
     remove_old_checkpoints,
+    restore,
     save_checkpoint,
 )
 from custom_diffusion.training.settings import check_resumable
@@ -198,6 +203,64 @@ def test_no_pickled_code_runs(save):
 # Resuming
 
 
+def test_restoring_keeps_moments_and_takes_rates_and_decays_of_now():
+    def make(rate, decay, epsilon):
+        weights = [torch.nn.Parameter(torch.ones(3))]
+        optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=decay, eps=epsilon)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=10),
+        }
+
+    before = make(1e-3, 0.1, 1e-8)
+    for step in range(3):
+        before["optimizer"].param_groups[0]["params"][0].grad = torch.full((3,), step + 1.0)
+        for part in before.values():
+            part.step()
+    state = {name: part.state_dict() for name, part in before.items()} | {"scaler": {"scale": 1.0}}  # of an fp16 run
+    now = make(5e-4, 0.2, 1e-4)
+    restore(now, copy.deepcopy(state))
+    (group,) = now["optimizer"].param_groups
+    assert group["lr"] == pytest.approx(5e-4 * 0.7) and (group["weight_decay"], group["eps"]) == (0.2, 1e-4)
+    moments, kept = (part["optimizer"].state_dict()["state"][0] for part in (before, now))
+    assert moments.keys() == kept.keys() and all(torch.equal(moments[name], kept[name]) for name in moments)
+    for part in now.values():
+        part.step()
+    assert now["lr_scheduler"].get_last_lr() == [pytest.approx(5e-4 * 0.6)]
+
+
+def test_where_to_go_on_from_is_told(save, tmp_path):
+    assert last_good(tmp_path) == "There is no checkpoint to go back to."
+    save(1)
+    truncate(save(2) / STATE_NAME)
+    assert last_good(tmp_path) == (
+        "The last good checkpoint is checkpoint-1; repeat the command with --resume_from_checkpoint latest"
+    )
+    truncate(tmp_path / "checkpoint-1" / STATE_NAME)
+    told = last_good(tmp_path)
+    assert told.startswith("There is no checkpoint to go back to: none of the checkpoints in ")
+    assert "(checkpoint-1, checkpoint-2)" in told
+
+
+def test_what_is_wrong_with_a_checkpoint_is_said(save):
+    path = save(1)
+    manifest = json.loads((path / MANIFEST_NAME).read_text())
+    assert manifest["files"].keys() == {file.name for file in path.iterdir()} - {MANIFEST_NAME}
+    for name, wrong in ((STATE_NAME, "is damaged"), (f"{WEIGHTS_NAME}.safetensors", "is missing")):
+        copied = shutil.copytree(path, path.parent / wrong.removeprefix("is "))
+        truncate(copied / name) if wrong == "is damaged" else (copied / name).unlink()
+        with pytest.raises(ValueError, match=re.escape(f"'{copied / name}' {wrong}")):
+            read_checkpoint(copied)
+    (path / MANIFEST_NAME).write_text(json.dumps(manifest | {"step": "x"}))
+    with pytest.raises(ValueError, match=rf"'{path / MANIFEST_NAME}' cannot be read \(invalid literal"):
+        read_checkpoint(path)
+    (path / STATE_NAME).write_bytes(b"never a state")
+    manifest["files"][STATE_NAME] = _checksum(path / STATE_NAME)
+    (path / MANIFEST_NAME).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=rf"'{path / STATE_NAME}' cannot be read \((?!None)"):
+        read_checkpoint(path)
+
+
 def test_other_flags_are_named():
     before = {"seed": 1, "train_batch_size": 2, "modifier_tokens": ["<new1>"], "concepts": [{"photos": ["a.jpg"]}]}
     check_resumable(before, dict(before), pytest.fail)
@@ -254,6 +317,14 @@ def test_resuming_under_other_flags_follows_them(run, tmp_path):
     assert "seed was 42 in the checkpoint and is 7 now" in output
     assert "lr=0.0005" in output
     assert "lr=0.001" not in output
+
+
+def test_starting_anew_where_checkpoints_are_is_told(run, tmp_path):
+    shutil.copytree(run["output_dir"], tmp_path / "out")
+    arguments = run | {"output_dir": tmp_path / "out", "max_train_steps": 1}
+    output = launch.Run(launch.FORKED, arguments, tmp_path / "log").ok()
+    assert f"'{tmp_path / 'out'}' holds checkpoint-4 of an earlier run. This run starts anew" in output
+    assert "repeat the command with --resume_from_checkpoint latest" in output
 
 
 def test_other_tokens_are_refused(run, tmp_path):

@@ -155,6 +155,7 @@ BAD = [
     (["merge", "cat", "--output", "new"], "weights: one folder has nothing to merge with"),
     (["merge", "cat", "lost", "--output", "new"], "weights: 'lost' lacks the embedding"),
     (["merge", "cat", "faces", "--output", "new"], "weights: 'faces' has trained"),
+    (["merge", "cat", "cat", "--max_captions", "0", "--output", "new"], "--max_captions: 0 must be 1 or more"),
     (["merge", "cat", "cat", "--captions", "empty", "--output", "new"], "--captions: no file 'empty/caption.txt'"),
     (["info", "file.txt"], "weights: 'file.txt' is a file"),
     (["share", "./nothing"], "weights: folder './nothing' does not exist"),
@@ -184,3 +185,18 @@ def test_disk_trouble_is_one_line_and_leaves_nothing(folders, tmp_path, monkeypa
         run_tool("compress", folders / "cat", "--output", tmp_path / "x")
     assert end.value.code == 1 and "error: [Errno 28] No space left on device" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_function_has_the_defaults_of_its_flags(tool):
+    module = importlib.import_module(f"custom_diffusion.tools.{tool}")
+    parser = argparse.ArgumentParser()
+    module.add_flags(parser)
+    flags = {action.dest: action.default for action in parser._actions}
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(getattr(module, tool)).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    for name, default in defaults.items():
+        assert flags[name] == (list(default) if isinstance(default, tuple) else default), name

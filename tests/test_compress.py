@@ -12,7 +12,7 @@ from custom_diffusion.errors import InputError
 from custom_diffusion.model.loading import base_tensors
 from custom_diffusion.model.source import ModelSource
 from custom_diffusion.weights.format import read_weights
-from custom_diffusion.weights.low_rank import changes, decompose
+from custom_diffusion.weights.low_rank import Decomposition, changes, decompose, full_tensors, rank_summary
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,23 @@ def test_energy_is_a_share_of_the_sum_of_singular_values():
     assert parts.kept(2) == pytest.approx(40 / 42)
 
 
+def test_a_share_that_is_met_exactly_needs_no_more():
+    parts = Decomposition(torch.eye(3), torch.tensor([2.0, 1.0, 1.0]), torch.eye(3))
+    assert [parts.rank_for(share, power=1) for share in (0.5, 0.75)] == [1, 2]
+    small = Decomposition(torch.eye(3), torch.tensor([0.02, 0.01, 0.01]), torch.eye(3))
+    assert small.kept(1) == pytest.approx(4 / 6)  # a share, however small the change
+
+
+def test_ranks_are_summed_up():
+    assert rank_summary([4, 4, 4]) == "rank 4"
+    assert rank_summary([9, 2, 5, 3]) == "ranks 2 to 9, median 5"
+
+
 def test_truncation_is_the_nearest_matrix_of_its_rank():
     delta = known_change([6.0, 2.0, 1.0, 1.0])
-    kept = decompose({"x": delta})["x"].truncated(2)
+    parts = decompose({"x": delta})["x"]
+    assert (parts.left.shape, parts.values.shape, parts.right.shape) == ((9, 7), (7,), (7, 7))
+    kept = parts.truncated(2)
     error = torch.linalg.svdvals(delta - kept.up @ kept.down)
     assert torch.allclose(error[:3], torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64), atol=1e-9)
     assert torch.allclose(kept.up.norm(dim=0), kept.down.norm(dim=1))
@@ -52,6 +66,18 @@ def test_truncation_is_the_nearest_matrix_of_its_rank():
 def test_no_change_compresses_to_no_change():
     parts = decompose({"x": torch.zeros(4, 3)})["x"]
     assert parts.rank_for(0.6, power=1) == 1 and torch.equal(parts.truncated(1).matrix(), torch.zeros(4, 3))
+    assert parts.kept(1) == 1
+
+
+def test_compressed_weights_become_whole_again(tiny_model, tmp_path):
+    full = make_concept(tmp_path / "full", tiny_model, crossattn=True)
+    run(tmp_path / "full", tmp_path / "small", "--energy", "1")
+    base = base_tensors(ModelSource(str(tiny_model)), full.shapes())
+    whole = full_tensors(read_weights(tmp_path / "small"), base)
+    assert whole.keys() == full.tensors.keys()
+    for name, tensor in whole.items():
+        assert tensor.dtype == torch.float32
+        assert torch.allclose(tensor, full.tensors[name], atol=1e-5), name
 
 
 @pytest.mark.parametrize("crossattn", [False, True])

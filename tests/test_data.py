@@ -1,5 +1,6 @@
 """Augmentation, masks, crops, and the sequence of samples, against cases computed by hand."""
 
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -10,11 +11,13 @@ from tiny import make_pictures
 
 from custom_diffusion.images import open_image
 from custom_diffusion.training.augmentation import (
+    PROMPT_PREFIXES,
     Augmentation,
     draw_augmentation,
     photo_mask,
     render_class_image,
     render_photo,
+    shrink_to,
 )
 from custom_diffusion.training.samples import Progress, SampleSettings, TrainingBatches, TrainingSamples, collate
 
@@ -48,10 +51,11 @@ def test_mask_is_full_without_padding():
     assert photo_mask(shown(700, 5, 5, padded=False), 512, 64).all()
 
 
-def test_mask_is_never_empty():
-    mask = photo_mask(shown(21, 43, 43), 64, 8)  # 21 pixels at factor 8: all border
+@pytest.mark.parametrize(("left", "top", "row", "column"), [(43, 43, 6, 6), (8, 40, 6, 2), (40, 8, 2, 6)])
+def test_mask_is_never_empty(left, top, row, column):
+    mask = photo_mask(shown(21, left, top), 64, 8)  # 21 pixels at factor 8: all border, or nearly
     assert mask.sum() == 1
-    assert mask[0, 6, 6] == 1
+    assert mask[0, row, column] == 1
 
 
 def test_small_photo_is_pasted_on_grey():
@@ -66,6 +70,18 @@ def test_large_photo_is_cut():
     ramp = np.broadcast_to(np.arange(80, dtype=np.uint8)[None, :, None], (80, 80, 3))
     pixels = render_photo(Image.fromarray(ramp.copy()), shown(80, 10, 3, size=(80, 80), padded=False), 64)
     assert torch.allclose((pixels[0, 0] + 1) * 127.5, torch.arange(10.0, 74.0))
+
+
+def test_edges_are_not_sharpened():
+    """Bilinear, not bicubic: no value beyond those of the photo."""
+    photo = Image.new("L", (100, 100), 100)
+    photo.paste(150, (47, 0, 100, 100))
+    photo = photo.convert("RGB")
+    shown_photo = render_photo(photo, shown(64, 0, 0), 64)
+    class_image = render_class_image(photo, np.random.default_rng(0), 64, center_crop=True, flip=False)
+    for pixels in (shown_photo, class_image):
+        levels = (pixels + 1) * 127.5
+        assert levels.min() > 99.9 and levels.max() < 150.1 and len(levels[0, 0].unique()) > 2
 
 
 def test_flip_mirrors_after_the_crop():
@@ -88,6 +104,7 @@ def test_distribution_of_augmentations():
     assert (min(large), max(large)) == (614, 715)  # int(1.2 * 512) to int(1.4 * 512) - 1
     assert np.mean([a.flip for a in draws]) == pytest.approx(0.5, abs=0.03)
     for a in draws:
+        assert a.padded is (a.scale <= 512)
         far = a.scale < 0.6 * 512
         near = a.scale > 512
         assert (a.prefix in ("a far away ", "very small ")) == far
@@ -101,12 +118,15 @@ def test_distribution_of_augmentations():
         assert top == 0
     assert {a.crop[0] for a in draws} == set(range(101))
     assert len({a.prefix for a in draws}) == 5
+    assert {a.prefix for a in draws} == set(PROMPT_PREFIXES)  # every form in which the tokenizer must take a prompt
 
 
 def test_without_augmentation():
     rng = np.random.default_rng(0)
     a = draw_augmentation(rng, 90, 70, 64, center_crop=True, hflip=False, augment=False)
     assert a == Augmentation(False, (10, 0, 80, 70), 64, 0, 0, "", padded=False)
+    a = draw_augmentation(rng, 71, 92, 64, center_crop=True, hflip=False, augment=False)
+    assert str(a.crop) == "(0, 10, 71, 81)"  # whole pixels
 
 
 def test_pictures_are_upright(tmp_path):
@@ -224,3 +244,198 @@ def test_batches_list_photos_before_class_images(samples):
     ]
     assert torch.equal(batch["pixel_values"][3], alone[1]["pixel_values"][1])
     assert batch["mask"].shape == (2, 1, 16, 16)
+
+
+@pytest.mark.parametrize("pool_size", [None, 3])
+def test_class_images_are_mirrored_half_of_the_time_and_only_with_hflip(samples, pool_size):
+    samples.settings = replace(SETTINGS, pool_size=pool_size)
+    flips = [samples.views(position)[1].flip for position in range(200)]
+    assert np.mean(flips) == pytest.approx(0.5, abs=0.1)
+    position = flips.index(True)
+    mirrored = samples[position, True]["pixel_values"]
+    samples.settings = replace(SETTINGS, pool_size=pool_size, hflip=False, augment=False)
+    assert not any(view.flip for position in range(50) for view in samples.views(position))
+    plain = samples[position, True]["pixel_values"]
+    assert torch.equal(mirrored[1], plain[1].flip(2))
+
+
+def test_a_pool_holds_so_many_augmentations_of_each_photo_and_one_crop_of_each_class_image(samples):
+    samples.settings = replace(SETTINGS, pool_size=2)
+    shown = {}
+    for position in range(60):
+        sample = samples[position, True]
+        photo, class_image = sample["views"]
+        for view, tensors in (
+            (photo, [sample["pixel_values"][0], sample["mask"]]),
+            (class_image, [sample["pixel_values"][1]]),
+        ):
+            assert all(map(torch.equal, shown.setdefault(view, tensors), tensors))
+    photos = {view[:3] for view in shown if view.purpose == photo.purpose}
+    assert sorted(view[1:] for view in photos) == [(index, draw) for index in range(3) for draw in range(2)]
+    assert sorted((view.index, view.draw, view.flip) for view in shown if view[:3] not in photos) == [
+        (index, 0, flip) for index in range(7) for flip in (False, True)
+    ]
+
+
+def test_timesteps_and_noise(samples):
+    samples.settings = replace(SETTINGS, num_train_timesteps=3, latent_channels=5)
+    drawn = [samples[position, False] for position in range(40)]
+    assert all(sample["pixel_values"] is None for sample in drawn)
+    assert {int(t) for sample in drawn for t in sample["timesteps"]} == {0, 1, 2}
+    noise, posterior = (torch.stack([sample[key] for sample in drawn]) for key in ("noise", "posterior_noise"))
+    for values in (noise, posterior):
+        assert values.shape == (40, 2, 5, 16, 16) and values.dtype == torch.float32
+        assert abs(values.mean()) < 0.02 and abs(values.std() - 1) < 0.02
+    assert abs((noise * posterior).mean()) < 0.02  # independent, as are photo and class image
+    assert abs((noise[:, 0] * noise[:, 1]).mean()) < 0.02
+
+
+def test_photos_are_kept_no_larger_than_an_augmentation_needs_and_never_enlarged(tmp_path):
+    for size in ((300, 200), (40, 30)):
+        (photo,) = make_pictures(tmp_path / str(size), 1, size).iterdir()
+        kept, _ = TrainingSamples([(photo, "a cat")], [], SETTINGS).photos[0]
+        assert kept.size == ((134, 89) if size == (300, 200) else (40, 30))  # 1.4 * 64 = 89.6 at most
+
+
+def test_without_class_images_a_sample_is_a_photo(tmp_path):
+    photos = [(p, "a <new1> cat") for p in sorted(make_pictures(tmp_path, 3).iterdir())]
+    samples = TrainingSamples(photos, [], SETTINGS)
+    assert sorted(samples.indices(position) for position in range(3)) == [(0, None), (1, None), (2, None)]
+    batch = collate([samples[position, True] for position in range(2)])
+    assert batch["pixel_values"].shape == (2, 3, 64, 64) and batch["noise"].shape == (2, 4, 16, 16)
+    assert batch["timesteps"].shape == (2,)
+
+
+def batches_of(samples, progress, max_train_steps, **plan):
+    plan = {"batch_size": 2, "accumulation": 1, "process_index": 0, "num_processes": 1} | plan
+    return TrainingBatches(samples, progress, max_train_steps, num_workers=0, pin_memory=False, **plan)
+
+
+def test_a_view_of_a_pool_is_rendered_the_first_time_only(samples):
+    samples.settings = replace(SETTINGS, pool_size=2)
+    progress, rendered, shown = Progress(0, 0), [], set()
+    batches = batches_of(samples, progress, 20)
+    for batch in batches:
+        shown.update(batch["views"])
+        assert shown.issuperset(batch["pixel_views"])
+        rendered += batch["pixel_views"]
+        assert shown.issubset(rendered)  # nothing is shown that was not rendered before
+        if batch["pixel_values"] is not None:
+            assert len(batch["pixel_values"]) == len(batch["pixel_views"])
+        progress.step += 1
+    assert progress.step == 20
+    assert len(shown) == batches.num_views < 40  # of 2 x 2 x 20
+    assert len(rendered) < 60
+
+
+def test_samples_with_and_without_pixels_in_one_batch(samples):
+    alone = [samples[0, False], samples[1, True], samples[2, True]]
+    batch = collate(alone)
+    assert batch["pixel_views"] == [
+        alone[1]["views"][0],
+        alone[2]["views"][0],
+        alone[1]["views"][1],
+        alone[2]["views"][1],
+    ]
+    assert torch.equal(batch["pixel_values"][1], alone[2]["pixel_values"][0])
+    assert torch.equal(batch["pixel_values"][2], alone[1]["pixel_values"][1])
+    for key in ("timesteps", "noise", "posterior_noise"):
+        assert torch.equal(batch[key], torch.stack([s[key][n] for n in range(2) for s in alone]))
+    assert torch.equal(batch["mask"], torch.stack([s["mask"] for s in alone]))
+    assert batch["views"] == [s["views"][n] for n in range(2) for s in alone]
+    assert collate([samples[0, False]])["pixel_values"] is None
+
+
+def test_skipped_steps_are_made_up_for_with_further_samples(samples):
+    progress, seen = Progress(step=1, position=6), []
+    for number, batch in enumerate(batches_of(samples, progress, 4)):
+        seen.append(batch["noise"])
+        progress.position += 2
+        progress.step += number not in (0, 3)  # two overflow
+    expected = [collate([samples[p, True], samples[p + 1, True]])["noise"] for p in range(6, 16, 2)]
+    assert len(seen) == 5 and all(torch.equal(a, b) for a, b in zip(seen, expected))
+
+
+def test_nothing_is_left_to_do_at_the_last_step(samples):
+    batches = batches_of(samples, Progress(step=9, position=18), 4)
+    assert list(batches) == [] and batches.num_views == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "result"), [((120, 60), (128, 64)), ((64, 200), (64, 200)), ((61, 30), (130, 64)), ((32, 50), (64, 100))]
+)
+def test_class_images_get_the_size_on_their_shorter_side(size, result):
+    assert shrink_to(Image.new("RGB", size), 64, enlarge=True).size == result
+
+
+def test_small_class_images_fill_the_canvas():
+    white = Image.new("RGB", (40, 30), (255, 255, 255))
+    pixels = render_class_image(white, np.random.default_rng(0), 64, center_crop=False, flip=False)
+    assert torch.equal(pixels, torch.ones(3, 64, 64))
+
+
+def test_class_images_are_cut_anywhere_but_in_their_middle_with_center_crop():
+    ramp = np.broadcast_to(np.arange(103, dtype=np.uint8)[:, None, None], (103, 64, 3))
+    image, rng = Image.fromarray(ramp.copy()), np.random.default_rng(0)
+    tops = {
+        round(float((render_class_image(image, rng, 64, center_crop=False, flip=False)[0, 0, 0] + 1) * 127.5))
+        for _ in range(400)
+    }
+    assert tops == set(range(40))
+    centred = render_class_image(image, rng, 64, center_crop=True, flip=False)
+    assert round(float((centred[0, 0, 0] + 1) * 127.5)) == 19
+
+
+def test_class_images_come_with_their_own_caption(samples):
+    for position in range(7):
+        sample = samples[position, True]
+        (path, caption), view = samples.class_images[sample["views"][1].index], sample["views"][1]
+        assert sample["prompts"][1] == caption == path.stem
+        assert sample["prompts"][0].endswith("a <new1> cat")
+        expected = shrink_to(open_image(path), 64, enlarge=True).resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+        shown_mean = ((sample["pixel_values"][1].mean(dim=(1, 2)) + 1) * 127.5).tolist()
+        assert np.allclose(shown_mean, expected, atol=25), view  # but for the crop
+
+
+def test_center_crop_without_augmentation_shows_each_image_in_one_way(samples):
+    samples.settings = replace(SETTINGS, center_crop=True, augment=False, hflip=False)
+    seen = {}
+    for position in range(21):
+        sample = samples[position, True]
+        for view, pixels in zip(sample["views"], sample["pixel_values"]):
+            assert torch.equal(seen.setdefault((view.purpose, view.index), pixels), pixels)
+    assert len(seen) == 3 + 7
+
+
+class SignalsOfWorkers(TrainingSamples):
+    """Its prompts say which signals the process that makes them ignores."""
+
+    def __getitem__(self, item):
+        ignored = [
+            number.name for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) == signal.SIG_IGN
+        ]
+        return super().__getitem__(item) | {"prompts": [" ".join(ignored)] * 2}
+
+
+def test_workers_leave_signals_to_the_main_process(samples):
+    probe = SignalsOfWorkers([], samples.class_images, SETTINGS)
+    probe.photos = samples.photos
+    batches = TrainingBatches(
+        probe, Progress(0, 0), 1, num_workers=1, pin_memory=False, batch_size=1, accumulation=1, process_index=0,
+        num_processes=1,
+    )  # fmt: skip
+    assert next(iter(batches))["prompts"] == ["SIGINT SIGTERM"] * 2
+
+
+def test_the_sequence_of_samples_is_that_of_earlier_versions(samples):
+    """Else a run that an earlier version began would be resumed with other samples."""
+    indices = [(1, 1), (1, 4), (2, 2), (0, 3), (0, 6), (2, 5), (0, 0), (1, 4), (0, 0)]  # the second epoch from 7 on
+    assert [samples.indices(position) for position in range(9)] == indices
+    sample = samples[11, False]
+    assert sample["prompts"] == ["a far away a <new1> cat", "1"] and sample["mask"].sum() == 16
+    assert sample["timesteps"].tolist() == [885, 501]
+    assert sample["noise"].flatten()[:2].tolist() == pytest.approx([1.5409, -0.6418], abs=1e-4)
+    assert sample["posterior_noise"].flatten()[:2].tolist() == pytest.approx([0.9171, -1.6914], abs=1e-4)
+    samples.settings = replace(SETTINGS, pool_size=5)
+    pool = [[(view.draw, view.flip) for view in samples.views(position)] for position in range(4)]
+    assert pool == [[(draw, False), (0, flip)] for draw, flip in ((3, False), (1, False), (2, False), (2, True))]

@@ -8,10 +8,14 @@ import pytest
 import safetensors.torch
 import torch
 from fake_concept import draw, make_concept, open_pipeline, run_tool
+from tiny import make_model
 
-from custom_diffusion import load_custom_diffusion
-from custom_diffusion.tools.export import LORA_FILE
-from custom_diffusion.weights.format import read_weights
+from custom_diffusion import export, load_custom_diffusion
+from custom_diffusion.errors import InputError
+from custom_diffusion.model.loading import base_tensors
+from custom_diffusion.model.source import ModelSource
+from custom_diffusion.tools.export import LORA_FILE, embedding_names
+from custom_diffusion.weights.format import ConceptWeights, read_weights
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +34,10 @@ def picture(concept, tiny_model):
     image = draw(pipe)
     assert abs(image - base).max() > 10
     return image
+
+
+def base_of(weights):
+    return base_tensors(ModelSource(weights.config["base_model"]), weights.tensors)
 
 
 def run(weights, output, *flags):
@@ -139,3 +147,107 @@ def test_token_that_is_an_ordinary_word_without_its_brackets(tiny_model, tmp_pat
     make_concept(tmp_path / "other", tiny_model, token="<new1>")
     run(tmp_path / "other", tmp_path / "webui2", "--to", "a1111")
     assert "ordinary word" not in capsys.readouterr().err
+
+
+def open_lora(path):
+    with safetensors.safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def test_precision_ranks_and_scale_of_a_lora(concept, tmp_path):
+    """One alpha for all, full precision only where nothing is left out, and what A1111 tells the model by."""
+    for share, dtype in (("1", torch.float32), ("0.9", torch.float16)):
+        folder = run(concept, tmp_path / share, "--to", "lora", "--share", share)
+        assert sorted(p.name for p in folder.iterdir()) == ["<new1>.safetensors", "pytorch_lora_weights.safetensors"]
+        lora, metadata = open_lora(folder / "pytorch_lora_weights.safetensors")
+        assert {tensor.dtype for key, tensor in lora.items() if not key.endswith("alpha")} == {dtype}
+        ranks = [len(tensor) for key, tensor in lora.items() if key.endswith("lora_down.weight")]
+        assert {float(tensor) for key, tensor in lora.items() if key.endswith("alpha")} == {max(ranks)}
+        assert metadata == {
+            "format": "pt", "ss_network_module": "networks.lora", "ss_v2": "False", "ss_base_model_version": "sd_v1",
+            "modelspec.architecture": "stable-diffusion-v1/lora",
+        }  # fmt: skip
+    assert torch.equal(
+        safetensors.torch.load_file(folder / "<new1>.safetensors")["<new1>"], read_weights(concept).tokens["<new1>"]
+    )
+
+
+def test_stable_diffusion_2_is_told_by_the_width_of_its_text_features(tmp_path):
+    model = make_model(tmp_path / "model", width=1024)
+    weights = make_concept(tmp_path / "concept", model)
+    export(weights, to="a1111", output=tmp_path / "webui", rank=1)
+    _, metadata = open_lora(tmp_path / "webui" / "Lora" / "webui.safetensors")
+    assert metadata == {
+        "format": "pt", "ss_network_module": "networks.lora", "ss_v2": "True", "ss_base_model_version": "sd_v2"
+    }  # fmt: skip
+
+
+def test_what_was_kept_and_how_it_is_used_is_told(concept, tmp_path):
+    weights = read_weights(concept)
+    weights.tokens["<new2>"] = torch.ones(32)
+    told = export(weights, to="lora", output=tmp_path / "lora", rank=2)
+    kept = re.fullmatch(r".*/lora: rank 2, (\d+\.\d\d) % or more of every squared change; (.*)", told)
+    changes = [w - b for w, b in zip(weights.tensors.values(), base_of(weights).values())]
+    values = [torch.linalg.svdvals(change).square() for change in changes]
+    assert float(kept[1]) == pytest.approx(100 * min((v[:2].sum() / v.sum()).item() for v in values), abs=0.01)
+    assert kept[2] == "; ".join(
+        [f"pipe.load_lora_weights('{tmp_path}/lora')"]
+        + [f"pipe.load_textual_inversion('{tmp_path}/lora', weight_name='<new{n}>.safetensors')" for n in (1, 2)]
+    )
+    told = export(weights, to="a1111", output=tmp_path / "cat-webui")
+    assert re.search(r"webui: ranks \d+ to \d+, median \d+, (99.\d\d|100.00) % or more", told)  # 0.99 unless told
+    assert told.endswith(
+        "copy Lora/ and embeddings/ into the program's folders. A1111, Forge: prompt new1 new2 <lora:cat-webui:1>. "
+        "ComfyUI: Load LoRA node, prompt embedding:new1 embedding:new2"
+    )
+    told = export(weights, to="pipeline", output=tmp_path / "model")
+    assert told == f"{tmp_path}/model: draw with DiffusionPipeline.from_pretrained('{tmp_path}/model')"
+
+
+def test_the_weights_stay_apart_from_the_names_of_files():
+    assert embedding_names(["<new1>", "sks", "<>"]) == {"<new1>": "new1", "sks": "sks", "<>": "<>"}
+    with pytest.raises(InputError, match="weights: tokens <cat>, cat have the same name without < and >"):
+        embedding_names(["<cat>", "cat"])
+
+
+def test_biases_that_training_left_alone_are_not_warned_of(tiny_model, tmp_path, capsys):
+    weights = make_concept(tmp_path / "faces", tiny_model, crossattn=True)
+    base = base_of(weights)
+    weights.tensors |= {name: base[name] for name in weights.tensors if name.endswith("bias")}
+    export(weights, to="lora", output=tmp_path / "same", rank=1)
+    assert "biases" not in capsys.readouterr().err
+    name = next(name for name in weights.tensors if name.endswith("bias"))
+    weights.tensors[name] = base[name] - 0.25
+    export(weights, to="lora", output=tmp_path / "lower", rank=1)
+    assert "(largest change 0.25)" in capsys.readouterr().err
+
+
+def test_weights_that_do_not_fit_the_pipeline_are_refused(concept, tmp_path):
+    weights = read_weights(concept)
+    wrong = ConceptWeights(weights.tensors, {"<new1>": torch.ones(7)}, weights.config)
+    with pytest.raises(InputError, match="weights: the concept does not fit the pipeline: the embedding of <new1>"):
+        export(wrong, to="pipeline", output=tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+BAD_FLAGS = [
+    (["--to", "lora", "--share", "0"], "--share: 0.0 must be above 0 and at most 1"),
+    (["--to", "lora", "--share", "1.01"], "--share: 1.01 must be above 0 and at most 1"),
+    (["--to", "pipeline", "--share", "0.5"], "--share: has no meaning with --to pipeline"),
+    (["--to", "lora", "--rank", "2", "--share", "0.5"], "not allowed with argument"),
+    (["--to", "lora", "--rank", "1.5"], "--rank: invalid int value"),
+    (["--to", "ckpt"], "--to: invalid choice"),
+    ([], "the following arguments are required: --to"),
+]
+
+
+@pytest.mark.parametrize(("flags", "expected"), BAD_FLAGS)
+def test_flags_that_make_no_sense(concept, tmp_path, capsys, flags, expected):
+    with pytest.raises(SystemExit) as end:
+        run(concept, tmp_path / "new", *flags)
+    assert end.value.code == 2
+    assert expected in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        run_tool("export", concept, "--to", "lora")
+    assert "the following arguments are required: --output" in capsys.readouterr().err

@@ -10,11 +10,20 @@ from test_objective import PAIRS
 from tiny import WORDS
 
 from custom_diffusion import load_custom_diffusion
-from custom_diffusion.model.attention import install_trained_projections, trained_tensors
+from custom_diffusion.model.attention import (
+    install_trained_projections,
+    remove_trained_projections,
+    trained_tensors,
+)
 from custom_diffusion.model.concept_model import ConceptModel, cast_frozen
 from custom_diffusion.model.loading import load_models, load_tokenizer
 from custom_diffusion.model.source import ModelSource
-from custom_diffusion.model.tokens import add_modifier_tokens, modifier_embeddings, token_problems
+from custom_diffusion.model.tokens import (
+    add_modifier_tokens,
+    modifier_embeddings,
+    remove_modifier_tokens,
+    token_problems,
+)
 from custom_diffusion.training.augmentation import PROMPT_PREFIXES
 from custom_diffusion.training.objective import custom_diffusion_losses
 from custom_diffusion.training.readback import read_back
@@ -72,6 +81,34 @@ def test_a_step_changes_the_trained_parameters_and_nothing_else(tiny_model, free
             assert torch.equal(parameter, before[name]), name
     for name, parameter in vae.named_parameters():
         assert torch.equal(parameter, encoder[name])
+
+
+def test_removed_projections_are_plain_and_good_for_nothing_until_weights_are_loaded(tiny_model):
+    unet = make_concept_model(tiny_model, "crossattn", pairs=[])[0].unet
+    trained = {name: parameter.shape for name, parameter in trained_tensors(unet).items()}
+    every = {name for name, _ in unet.named_parameters()}
+    remove_trained_projections(unet, torch.bfloat16)
+    assert trained_tensors(unet) == {}
+    assert {name for name, _ in unet.named_parameters()} == every
+    for name, shape in trained.items():
+        parameter = unet.get_parameter(name)
+        assert parameter.shape == shape and parameter.dtype == torch.bfloat16
+        assert parameter.isnan().all() and not parameter.requires_grad
+    elsewhere = make_concept_model(tiny_model, pairs=[])[0].unet.to("meta")
+    remove_trained_projections(elsewhere, torch.bfloat16)
+    assert {parameter.device.type for parameter in elsewhere.parameters()} == {"meta"}
+
+
+def test_without_tokens_the_embedding_stays_and_removing_them_puts_it_back(tiny_model):
+    with_tokens, without = (make_concept_model(tiny_model, pairs=pairs)[0].text_encoder for pairs in (PAIRS, []))
+    table = without.get_input_embeddings()
+    assert isinstance(table, torch.nn.Embedding) and not table.weight.requires_grad
+    assert modifier_embeddings(without) is None
+    for text_encoder in (with_tokens, without):
+        remove_modifier_tokens(text_encoder)
+        assert modifier_embeddings(text_encoder) is None
+        assert torch.equal(text_encoder.get_input_embeddings().weight, table.weight)
+    assert without.get_input_embeddings() is table
 
 
 def test_modifier_rows_start_from_their_initializers(tiny_model):
@@ -191,3 +228,19 @@ def test_tokenizer_checks(tiny_model):
     long_prompt = " ".join(WORDS[:12]) + " <new1>"
     assert "cut off" in token_problems(tokenizer, PAIRS[:1], [[prefix + long_prompt for prefix in PROMPT_PREFIXES]])[0]
     assert len(tokenizer) == size
+
+
+def test_a_prompt_that_is_too_long_is_named_once_with_all_that_it_loses(tiny_model):
+    tokenizer = load_tokenizer(ModelSource(str(tiny_model)))
+    both, one = "a " * 14 + "<new2> <new1>", "a " * 13 + "<new1> <new2>"
+    forms = [[prefix + prompt for prefix in PROMPT_PREFIXES] for prompt in (both, PROMPTS[0], one)]
+    first, second = token_problems(tokenizer, PAIRS, forms)
+    assert f"in {both!r} <new1>, <new2> is cut off" in first
+    assert f"in {one!r} <new2> is cut off" in second
+
+
+def test_every_pair_that_the_tokenizer_refuses_is_named(tiny_model):
+    tokenizer = load_tokenizer(ModelSource(str(tiny_model)))
+    lines = token_problems(tokenizer, [("cat", "tree"), ("<New1>", "ktn"), ("pot", "pll")], [["a cat"]])
+    assert [line.split(":")[0] for line in lines] == ["--modifier_token", "--initializer_token", "--modifier_token", "--modifier_token"]  # fmt: skip
+    assert [quoted in line for quoted, line in zip(("'cat'", "'tree'", "'pot'", "'<New1>'"), lines)] == [True] * 4

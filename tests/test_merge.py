@@ -1,26 +1,38 @@
 """Merging: the paper's equations on random data, then whole folders."""
 
+import copy
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 from fake_concept import draw, make_concept, open_pipeline, run_tool
+from tiny import WORDS
 
 from custom_diffusion import load_custom_diffusion, merge
 from custom_diffusion.errors import InputError
 from custom_diffusion.model.loading import load_text_encoder, load_tokenizer
 from custom_diffusion.model.source import ModelSource
-from custom_diffusion.tools.merge import SENTENCES, print_reports, regularisation_captions, rename_clashing
-from custom_diffusion.weights.constraints import RIDGE, Constraints, drop_equal_rows
+from custom_diffusion.tools.merge import (
+    MAX_CHANGE,
+    MAX_CONDITIONING,
+    SENTENCES,
+    common_config,
+    make_constraints,
+    print_reports,
+    regularisation_captions,
+    rename_clashing,
+)
+from custom_diffusion.weights.constraints import RIDGE, Constraints, LayerReport, drop_equal_rows
 from custom_diffusion.weights.format import ConceptWeights, read_weights
-from custom_diffusion.weights.text_features import add_tokens, text_features
+from custom_diffusion.weights.text_features import add_tokens, caption_moments, concept_words, text_features
 
 
 def random_problem(s=12, d=40, out=24, n=200):
     """W0, C, C_reg and V' - all of full rank."""
-    random = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     shapes = ((out, d), (s, d), (n, d), (s, out))
-    return [torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
 def test_constraint_holds_and_the_equations_of_the_paper_agree():
@@ -56,9 +68,9 @@ def test_what_needs_no_change_is_not_changed():
 @pytest.mark.parametrize("n", [15, 60, 200])
 def test_the_ridge_spares_captions_that_were_not_read_and_the_constraint_still_holds(n):
     base, words, _, targets = random_problem()
-    random = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     spectrum = torch.logspace(0, -1.5, words.shape[1], dtype=torch.float64)  # text features are far from round
-    read, unread = (torch.randn(k, len(spectrum), generator=random).double() * spectrum for k in (n, 2000))
+    read, unread = (torch.randn(k, len(spectrum), generator=generator).double() * spectrum for k in (n, 2000))
     words = words * spectrum
 
     def change(ridge):
@@ -75,6 +87,18 @@ def test_more_words_than_features_cannot_be():
     _, words, captions, _ = random_problem(s=41)
     with pytest.raises(ValueError, match="41 constraints for 40 text features"):
         Constraints(captions.T @ captions, words)
+
+
+def test_as_many_words_as_features_leave_no_choice():
+    base, words, captions, targets = random_problem(s=40)
+    merged, _ = Constraints(captions.T @ captions, words).merge(base, targets)
+    assert torch.allclose(merged @ words.T, targets.T, atol=1e-8)
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e5])
+def test_the_rank_of_the_captions_is_told_whatever_their_scale(scale):
+    _, words, captions, _ = random_problem(n=15)
+    assert Constraints(scale * captions.T @ captions, words).rank == 15
 
 
 def test_nearly_equal_words_are_warned_of(capsys):
@@ -187,3 +211,164 @@ def test_contradictory_wishes_are_refused(merged, tiny_model):
     with pytest.raises(InputError, match="'cat' and 'concept 2' want different things of the same words"):
         merge([merged / "cat", other], output=merged / "never")
     assert not (merged / "never").exists()
+
+
+def test_a_merge_without_files_in_between_says_how_well_it_went(merged, tiny_model, tmp_path, capsys):
+    """Weights already read, and more captions than are asked for."""
+    parts = [read_weights(merged / name) for name in ("cat", "pot")]
+    captions = merged / "captions.txt"
+    reports = merge(parts, captions=[captions], max_captions=24, output=tmp_path / "both")
+    captured = capsys.readouterr()
+    assert "concept 2: <new1> is now <new2>\n" in captured.out
+    assert f"{tmp_path / 'both'}: <new1>, <new2>\n" in captured.out
+    assert reports.keys() == parts[0].tensors.keys()
+    assert all(report.residual < 1e-6 and 0 < report.change < 5 for report in reports.values())
+    both, by_command = read_weights(tmp_path / "both"), read_weights(merged / "both")
+    for name, tensor in both.tensors.items():
+        assert torch.equal(tensor, by_command.tensors[name])
+    config = both.config
+    assert config["base_model"] == str(tiny_model) and config["freeze_model"] == "crossattn_kv"
+    assert config["revision"] is None and config["variant"] is None
+    assert config["versions"] == parts[0].config["versions"] != {}
+    assert config["merged_from"] == [
+        {"weights": "concept 1", "tokens": ["<new1>"], "renamed": {}, "steps": 5},
+        {"weights": "concept 2", "tokens": ["<new2>"], "renamed": {"<new1>": "<new2>"}, "steps": 5},
+    ]
+    assert by_command.config["merged_from"][1]["weights"] == "pot"
+    assert {p.name for p in (tmp_path / "both").iterdir()} == {p.name for p in (merged / "cat").iterdir()} | {
+        "<new2>.bin", "<new2>.safetensors"
+    }  # fmt: skip
+
+
+def test_one_caption_is_enough(merged, tmp_path):
+    captions = ["--captions", merged / "captions.txt", "--max_captions", "1"]
+    run_tool("merge", merged / "cat", merged / "pot", *captions, "--output", tmp_path / "both")
+    assert len(read_weights(tmp_path / "both").tokens) == 2
+
+
+def test_captions_are_taken_in_turn_from_files_and_class_folders(tmp_path):
+    (tmp_path / "text").write_text("a cat\n\n  a pot  \na cat\na third\n", encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "caption.txt").write_bytes("Kätzchen\nbroken \xff".encode("latin-1"))
+    paths = [tmp_path / "text", str(tmp_path / "folder")]
+    every = regularisation_captions([], paths, 200)
+    assert every[0] == "a cat" and every[2] == "a pot" and every[4:] == ["a third"]
+    assert "tzchen" in every[1] and every[3].startswith("broken ")
+    assert regularisation_captions([], paths, 3) == every[:3]
+    (tmp_path / "empty").write_text(" \n")
+    with pytest.raises(InputError, match=r"--captions: '.*empty' is empty"):
+        regularisation_captions([], [tmp_path / "text", tmp_path / "empty"], 200)
+
+
+def test_without_classes_captions_must_be_given():
+    with pytest.raises(InputError, match="--captions: the weights name no class"):
+        regularisation_captions([concept("<new1>", prompt="a <new1> cat")], [], 200)
+
+
+def test_parts_of_one_model_under_two_names_need_it_named():
+    parts = [ConceptWeights({}, {}, {"base_model": "a", "revision": r}) for r in (None, "v2")]
+    with pytest.raises(InputError, match=r"different models \('cat' on a, 'pot' on a\)"):
+        common_config(["cat", "pot"], parts, None)
+    assert common_config(["cat", "pot"], parts, "a") == parts[0].config
+    assert common_config(["cat", "pot"], parts[:1] * 2, None) == parts[0].config
+
+
+def test_parts_of_different_layers_and_without_a_token_are_refused(merged, tmp_path):
+    cat, pot = (read_weights(merged / name) for name in ("cat", "pot"))
+    fewer = ConceptWeights(dict(list(pot.tensors.items())[:4]), pot.tokens, pot.config)
+    with pytest.raises(InputError, match="'concept 2' and 'concept 1' are for different layers"):
+        merge([cat, fewer], output=tmp_path / "x")
+    with pytest.raises(InputError, match="'concept 2' has no modifier token"):
+        merge([cat, ConceptWeights(pot.tensors, {}, pot.config)], output=tmp_path / "x")
+    wide = ConceptWeights(pot.tensors, {"<new1>": torch.zeros(7)}, pot.config)
+    with pytest.raises(InputError, match=r"--model: the embedding of <new2> is \(7,\), the model's have 32 values"):
+        merge([cat, wide], output=tmp_path / "x")
+    many = [{"instance_prompt": f"{word} <new1> " + "cat " * 12, "class_prompt": "cat"} for word in ("a", "the", "in")]
+    with pytest.raises(InputError, match=r"weights: \d+ constraints for 32 text features; merge fewer"):
+        merge([cat, ConceptWeights(pot.tensors, pot.tokens, pot.config | {"concepts": many})], output=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_good_merge_is_reported_without_a_warning(capsys):
+    print_reports(
+        {"a.to_k.weight": LayerReport(1e-9, MAX_CHANGE, MAX_CONDITIONING), "b.to_k.weight": LayerReport(0, 0, 1)}
+    )
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    header, first, second = captured.out.splitlines()
+    assert first.split() == ["a.to_k", "1.0e-09", "0.5000", "1.0e+10"] and second.split()[0] == "b.to_k"
+    assert header.split() == ["layer", "residual", "change", "on", "captions", "conditioning"]
+    print_reports({"a": LayerReport(0, 2 * MAX_CHANGE, 1), "b": LayerReport(0, 0, 2 * MAX_CONDITIONING)})
+    ill, far = capsys.readouterr().err.splitlines()
+    assert "ill-conditioned (2.0e+10)" in ill and "1 of 2 matrices change ordinary captions by more than 50 %" in far
+
+
+def test_rows_are_equal_within_float32_rounding():
+    row = torch.arange(1.0, 5.0)
+    rows = torch.stack([row, row * (1 + 1e-6), -row, row + 1e-3, torch.zeros(4), torch.zeros(4)])
+    assert torch.equal(drop_equal_rows(rows), rows[[0, 2, 3, 4]])
+
+
+@pytest.fixture(scope="module")
+def reader(tiny_model):
+    """Tokenizer and text encoder with two more tokens."""
+    source = ModelSource(str(tiny_model))
+    tokenizer, text_encoder = load_tokenizer(source), load_text_encoder(source, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(5)
+    tokens = {token: 10 * torch.randn(32, generator=generator) for token in ("<new1>", "<new2>")}
+    add_tokens(tokenizer, text_encoder, tokens)
+    rows = text_encoder.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(list(tokens))]
+    assert torch.equal(rows, torch.stack(list(tokens.values())))
+    return tokenizer, text_encoder
+
+
+def test_features_of_a_prompt_are_those_without_its_neighbours(reader):
+    prompts = ["a cat", "photo of a <new1> cat in a pot", "pot " * 30]
+    together = text_features(*reader, prompts)
+    for prompt, (ids, features) in zip(prompts, together):
+        ((alone_ids, alone),) = text_features(*reader, [prompt])
+        assert ids == alone_ids and len(ids) == len(features) <= 16
+        assert features.dtype == torch.float64 and not features.requires_grad
+        assert torch.allclose(features, alone, atol=1e-5)
+
+
+def test_moments_are_of_every_token_but_the_first(reader):
+    captions = ["a cat in a pot", "a cat", "the pot", "cat " * 20, "a person"]
+    rows = torch.cat([text_features(*reader, [caption])[0][1][1:] for caption in captions])
+    for batch_size in (2, 16):
+        assert torch.allclose(caption_moments(*reader, captions, batch_size), rows.T @ rows, rtol=1e-4, atol=1e-4)
+
+
+def test_captions_that_do_not_span_the_features_are_warned_of(reader, capsys):
+    tokenizer, text_encoder = copy.deepcopy(reader)
+    norm = next(module for name, module in text_encoder.named_modules() if name.endswith("final_layer_norm"))
+    norm.bias.data += 0.3  # as in a trained model; without a bias, a layer norm leaves one dimension out
+    words = [torch.eye(32, dtype=torch.float64)[:3]]
+    choices = random.Random(0)
+    captions = [" ".join(choices.choices(WORDS, k=9)) for _ in range(100)]
+    assert make_constraints(tokenizer, text_encoder, captions, words).rank == 32
+    assert "the captions span" not in capsys.readouterr().err
+    rank = make_constraints(tokenizer, text_encoder, captions[:1], words).rank
+    assert rank < 16
+    assert f"the captions span {rank} of 32 text features" in capsys.readouterr().err
+
+
+def test_words_of_a_concept_are_its_token_and_all_after_it(reader):
+    def words(prompts, *tokens):
+        config = {"concepts": [{"instance_prompt": prompt} for prompt in prompts]}
+        return concept_words(*reader, ConceptWeights({}, dict.fromkeys(tokens), config))
+
+    def features(prompt, start):
+        return text_features(*reader, [prompt])[0][1][start:]
+
+    own = words(["a pot", "photo of a <new1> cat"], "<new1>")
+    expected = torch.cat([features("photo of a <new1> cat", 4), features("<new1> cat", 1)])
+    assert torch.allclose(own, expected, atol=1e-5)  # (3 + 3 rows; the other prompt has no word of the concept)
+    both = words(["a <new2> pot <new1>"], "<new1>", "<new2>")
+    expected = torch.cat([features("a <new2> pot <new1>", 2), features("<new2> pot <new1>", 1)])
+    assert torch.allclose(both, expected, atol=1e-5)
+    cut_off = words(["cat " * 20 + "<new1>"], "<new1>")  # beyond the model's 16 tokens
+    assert torch.allclose(cut_off, features("<new1>", 1), atol=1e-5)
+    unused = words(["a <new1>"], "<new1>", "<new2>")  # a token that no prompt shows speaks for itself
+    expected = torch.cat([features("a <new1>", 2), features("<new1>", 1), features("<new2>", 1)])
+    assert torch.allclose(unused, expected, atol=1e-5)

@@ -126,7 +126,9 @@ def test_parts_of_the_loss():
     rng = np.random.default_rng(0)
     pred, target = (torch.from_numpy(rng.standard_normal((4, 4, 2, 2))) for _ in range(2))
     mask = torch.ones(2, 1, 2, 2, dtype=torch.float64)
-    total, instance, prior = custom_diffusion_losses(pred, target, mask, 0.5).values()
+    losses = custom_diffusion_losses(pred, target, mask, 0.5)
+    assert list(losses) == ["loss", "instance_loss", "prior_loss"]  # what the trackers call them
+    total, instance, prior = losses.values()
     error = (pred - target).float().numpy() ** 2
     assert instance.item() == pytest.approx(4 * error[:2].mean())
     assert prior.item() == pytest.approx(error[2:].mean())

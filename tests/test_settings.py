@@ -1,12 +1,14 @@
 """Every flag either changes the course of a run, and is recorded and compared when the run is resumed, or it does not."""
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from tiny import make_pictures
 
 from custom_diffusion.cli.concepts import Concept
 from custom_diffusion.cli.training_flags import build_parser
-from custom_diffusion.training.settings import check_resumable, run_settings
+from custom_diffusion.training.settings import check_resumable, run_settings, weights_config
 
 # Recorded under their own name, at least where they matter: the last three with a schedule, or with a pool of latents.
 COURSE = {
@@ -47,6 +49,14 @@ def test_the_settings_hold_the_course_and_nothing_else():
     assert recorded.keys() == COURSE | follows
 
 
+def test_flags_are_recorded_as_they_are():
+    flags = ["--lr_scheduler", "cosine", "--cache_latents", "--max_train_steps", "9", "--num_train_epochs", "3"]
+    args = build_parser().parse_args(["--pretrained_model_name_or_path", "base", *flags])
+    recorded = settings(*flags)
+    for name in COURSE - {"mixed_precision"}:
+        assert recorded[name] == getattr(args, name), name
+
+
 @pytest.mark.parametrize("name", sorted(COURSE - {"train_batch_size", "gradient_accumulation_steps"}))
 def test_a_flag_of_the_course_that_changes_is_told_or_refused(name):
     before = settings("--lr_scheduler", "cosine", "--cache_latents")
@@ -59,3 +69,69 @@ def test_a_flag_of_the_course_that_changes_is_told_or_refused(name):
         check_resumable(before, now, told.append)
         (line,) = told
         assert f"{name} was {before[name]!r} in the checkpoint and is 'another' now" in line
+
+
+def test_concepts_are_recorded_by_prompt_photos_and_class(tmp_path):
+    make_pictures(tmp_path / "b", 2)
+    concepts = [Concept("a <new1> cat", tmp_path / "b", "cat", None)]
+    model = ["--pretrained_model_name_or_path", "base"]
+    args = build_parser().parse_args([*model, "--with_prior_preservation"])
+    recorded = run_settings(args, concepts, ["<new1>"], "bf16", 6, "digest")
+    assert recorded["concepts"] == [
+        {"instance_prompt": "a <new1> cat", "photos": ["0.jpg", "1.jpg"], "class_prompt": "cat"}
+    ]
+    assert (recorded["mixed_precision"], recorded["samples_per_step"]) == ("bf16", 6)
+    assert (recorded["model_configuration"], recorded["modifier_tokens"]) == ("digest", ["<new1>"])
+    without = run_settings(build_parser().parse_args(model), concepts, ["<new1>"], "no", 6, "digest")
+    assert without["concepts"][0]["class_prompt"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "recorded"),
+    [
+        (["--lr_scheduler", "constant"], set()),
+        (["--lr_scheduler", "constant_with_warmup"], set()),
+        (["--lr_scheduler", "linear"], {"max_train_steps", "num_train_epochs"}),
+        (["--cache_latents"], {"augmentations_per_image"}),
+    ],
+)
+def test_flags_that_matter_only_with_others_are_recorded_with_them(flags, recorded):
+    sometimes = {"max_train_steps", "num_train_epochs", "augmentations_per_image"}
+    assert sometimes & settings(*flags).keys() == recorded
+
+
+def test_what_is_handed_on_has_all_settings_but_the_names_of_photos(tmp_path):
+    make_pictures(tmp_path / "cat", 3)
+    concepts = [Concept("a <new1> cat", tmp_path / "cat", "cat", None)]
+    args = build_parser().parse_args(
+        ["--pretrained_model_name_or_path", "me/base", "--revision", "v1", "--variant", "fp16"]
+    )
+    recorded = run_settings(args, concepts, ["<new1>"], "no", 4, "digest")
+    config = weights_config(recorded, 7)
+    versions = config.pop("versions")
+    assert versions == {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
+    told = [{"instance_prompt": "a <new1> cat", "class_prompt": None, "num_photos": 3}]
+    assert config == {
+        "base_model": "me/base", "revision": "v1", "variant": "fp16", "freeze_model": "crossattn_kv",
+        "modifier_tokens": ["<new1>"], "concepts": told, "steps": 7, "settings": recorded | {"concepts": told},
+    }  # fmt: skip
+    assert recorded["concepts"][0]["photos"] == ["0.jpg", "1.jpg", "2.jpg"]
+
+
+def test_older_checkpoints_compare_the_flags_behind_what_they_lack():
+    now = settings()
+    before = {name: value for name, value in now.items() if name not in ("samples_per_step", "model_configuration")}
+    check_resumable(before, now, pytest.fail)
+    told = []
+    check_resumable(before | {"train_batch_size": 3}, now, told.append)
+    assert len(told) == 1 and "train_batch_size was 3" in told[0]
+    with pytest.raises(
+        ValueError, match="pretrained_model_name_or_path was 'other' in the checkpoint and is 'base' now"
+    ):
+        check_resumable(before | {"pretrained_model_name_or_path": "other"}, now, pytest.fail)
+    # What newer ones record is compared by what it means.
+    check_resumable(now | {"train_batch_size": 3}, now, pytest.fail)
+    check_resumable(now | {"pretrained_model_name_or_path": "moved"}, now, told.append)
+    assert told[1].startswith("the base model moved") and "was 'moved' in the checkpoint and is 'base' now" in told[1]
+    with pytest.raises(ValueError, match="its model, 'base', has other configuration files"):
+        check_resumable(now | {"model_configuration": "other"}, now, pytest.fail)

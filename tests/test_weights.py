@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from peft import LoraConfig
 from tiny import make_model
 
@@ -76,6 +83,8 @@ def test_files_are_small_and_have_the_format(concept):
     state = torch.load(concept / f"{WEIGHTS_NAME}.bin", weights_only=True)
     safe = safetensors.torch.load_file(concept / f"{WEIGHTS_NAME}.safetensors")
     assert state.keys() == safe.keys()
+    with safetensors.safe_open(concept / f"{WEIGHTS_NAME}.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # without it some loaders refuse the file
     assert sum(len(value) == 0 for value in state.values()) == 4  # one for each self-attention
     for key, value in state.items():
         if key.endswith("attn1.processor"):
@@ -150,13 +159,26 @@ def test_loading_again_and_loading_another_replaces(tiny_model, concept, full_co
     assert_same_state(state_of(pipeline), before)
 
 
+def hooks_of(pipeline):
+    modules = {"unet": pipeline.unet, "conv": pipeline.unet.conv_in, "text_encoder": pipeline.text_encoder}
+    hooks = {name: getattr(module, "_hf_hook", None) for name, module in modules.items()}
+    devices = {name: str(getattr(hook, "execution_device", None)) for name, hook in hooks.items()}
+    return {name: (type(hook), devices[name]) for name, hook in hooks.items()}
+
+
 @pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 def test_offloaded_pipelines(tiny_model, concept, offload):
     plain, pipeline = make_pipeline(tiny_model), make_pipeline(tiny_model)
     getattr(pipeline, offload)(device="cpu")
+    hooks_before = hooks_of(pipeline)
     load_custom_diffusion(pipeline, concept)
     load_custom_diffusion(plain, concept)
     assert hasattr(pipeline.unet, "_hf_hook") or hasattr(pipeline.unet.conv_in, "_hf_hook")
+    assert hooks_of(pipeline) == hooks_before
+    wrong = ConceptWeights(read_weights(concept).tensors, {"<new1>": torch.zeros(7)})
+    with pytest.raises(ValueError, match="the concept does not fit the pipeline: the embedding of <new1>"):
+        load_custom_diffusion(pipeline, wrong)
+    assert hooks_of(pipeline) == hooks_before
     pipeline.remove_all_hooks()
     assert_same_state(state_of(pipeline), state_of(plain))
 
@@ -266,8 +288,114 @@ def test_what_cannot_be_loaded_is_named_and_changes_nothing(tmp_path, tiny_model
     assert pipeline.tokenizer.get_vocab() == vocabulary
 
 
+def test_a_concept_without_tokens(tiny_model, concept):
+    pipeline = make_pipeline(tiny_model)
+    before, vocabulary = state_of(pipeline), pipeline.tokenizer.get_vocab()
+    weights = ConceptWeights(read_weights(concept).tensors, {})
+    load_custom_diffusion(pipeline, weights)
+    for name, tensor in weights.tensors.items():
+        assert torch.equal(pipeline.unet.get_parameter(name), tensor)
+    assert pipeline.tokenizer.get_vocab() == vocabulary
+    unload_custom_diffusion(pipeline)
+    assert_same_state(state_of(pipeline), before)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "tokenizer"])
+def test_a_pipeline_without_a_part_is_named(tiny_model, concept, part):
+    pipeline = make_pipeline(tiny_model)
+    setattr(pipeline, part, None)
+    with pytest.raises(ValueError, match=f"'{concept}' does not fit the pipeline: it has no {part}$"):
+        load_custom_diffusion(pipeline, str(concept))
+
+
+def test_a_pipeline_of_another_kind_is_refused(concept):
+    unet = UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    with pytest.raises(ValueError, match=r"does not fit the pipeline: it has no text_encoder$"):
+        load_custom_diffusion(DDPMPipeline(unet, DDPMScheduler()), concept)
+
+
+def test_a_token_that_another_has_brought_is_named(tiny_model, concept):
+    pipeline = make_pipeline(tiny_model)
+    pipeline.load_textual_inversion({"<new1>": torch.ones(32)}, token="<new1>")
+    before = state_of(pipeline)
+    with pytest.raises(ValueError, match=r"its tokenizer already has <new1>; unload"):
+        load_custom_diffusion(pipeline, concept)
+    assert_same_state(state_of(pipeline), before)
+
+
+def test_tokens_of_any_name_and_settings_of_any_language(tmp_path, tiny_model):
+    unet = UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet")
+    tensors = read_weights(make_concept(tmp_path / "base", tiny_model)).tensors
+    config = {"modifier_tokens": ["sks"], "prompt": "Kätzchen"}
+    write_weights(tmp_path / "deep" / "new", ConceptWeights(tensors, {"sks": torch.ones(32)}, config), unet, ("bin",))
+    weights = read_weights(str(tmp_path / "deep" / "new"))
+    assert list(weights.tokens) == ["sks"] and weights.config == config
+    assert {p.name for p in (tmp_path / "deep" / "new").iterdir()} == {
+        f"{WEIGHTS_NAME}.bin", "sks.bin", "custom_diffusion_config.json"
+    }  # fmt: skip
+
+
+def test_tokens_of_folders_without_settings_are_found_by_their_files(tmp_path, concept):
+    folder = shutil.copytree(concept, tmp_path / "copy")
+    (folder / "custom_diffusion_config.json").unlink()
+    torch.save({"<cat>": torch.ones(32)}, folder / "<cat>.bin")
+    (folder / "<new1>.bin").unlink()
+    (folder / "notes.bin").touch()
+    weights = read_weights(folder)
+    assert list(weights.tokens) == ["<cat>", "<new1>"] and weights.config == {}
+    (folder / f"{WEIGHTS_NAME}.bin").write_bytes(b"never read")  # .safetensors comes first
+    assert read_weights(folder).tensors.keys() == weights.tensors.keys()
+
+
+@pytest.mark.parametrize(
+    ("state", "named"),
+    [
+        ({"<new1>": torch.zeros(32), "<new2>": torch.zeros(32)}, "it is not the embedding of '<new1>'"),
+        ({"<new2>": torch.zeros(32)}, "it is not the embedding of '<new1>'"),
+        ({"<new1>": torch.zeros(1, 32)}, "it is not the embedding of '<new1>'"),
+        ({"<new1>": {}}, "it is not the embedding of '<new1>'"),
+    ],
+)
+def test_files_that_hold_another_embedding_are_named(tmp_path, concept, state, named):
+    folder = shutil.copytree(concept, tmp_path / "copy")
+    (folder / "<new1>.safetensors").unlink()
+    torch.save(state, folder / "<new1>.bin")
+    with pytest.raises(ValueError, match=re.escape(f"'{folder / '<new1>.bin'}' cannot be used: {named}")):
+        read_weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda s: s.pop("a.attn2.to_k.weight.down"), "'a.attn2.to_k.weight.up' has no fitting 'a.attn2.to_k.weight.down'"),
+        (lambda s: s.update({"a.attn2.to_k.weight.up": torch.ones(3, 1)}), "has no fitting"),
+        (lambda s: s.update({"a.attn2.to_k.weight.up": torch.ones(2)}), "has no fitting"),
+        (lambda s: s.update({"a.attn2.to_k.weight.down": torch.ones(2)}), "has no fitting"),
+        (lambda s: s.update({"other": torch.ones(2)}), "'other' is no key of compressed weights"),
+        (lambda s: s.update({"other.up": torch.ones(2, 1), "other.down": torch.ones(1, 2)}), "'other' is no key"),
+        (lambda s: [s.pop(key) for key in list(s) if key.endswith((".up", ".down"))], "it has no compressed weights"),
+    ],
+)  # fmt: skip
+def test_compressed_files_of_other_things(tmp_path, change, named):
+    state = {
+        "a.attn2.to_k.weight.up": torch.ones(3, 2),
+        "a.attn2.to_k.weight.down": torch.ones(2, 4),
+        "a.attn2.to_out.0.bias": torch.ones(3),
+    }
+    safetensors.torch.save_file(state, tmp_path / "custom_diffusion_deltas.safetensors")
+    weights = read_weights(tmp_path)
+    assert weights.shapes() == {"a.attn2.to_k.weight": (3, 4), "a.attn2.to_out.0.bias": (3,)}
+    assert weights.tensors.keys() == {"a.attn2.to_out.0.bias"}
+    change(state)
+    safetensors.torch.save_file(state, tmp_path / "custom_diffusion_deltas.safetensors")
+    with pytest.raises(ValueError, match=r"custom_diffusion_deltas.safetensors' cannot be used: .*" + re.escape(named)):
+        read_weights(tmp_path)
+
+
 def test_settings_are_readable(concept):
-    config = json.loads((concept / "custom_diffusion_config.json").read_text())
+    text = (concept / "custom_diffusion_config.json").read_text()
+    assert '\n  "modifier_tokens": ' in text  # a line each
+    config = json.loads(text)
     assert config["modifier_tokens"] == ["<new1>"]
     assert read_weights(concept).config == config
 

@@ -83,7 +83,7 @@ def photo_mask(augmentation: Augmentation, size: int, latent_size: int) -> torch
     mask[:, rows, columns] = 1.0
     if not mask.any():  # a photo of a few cells is all border; its middle still counts
         row, column = ((s + augmentation.scale // 2) // factor for s in (augmentation.top, augmentation.left))
-        mask[:, min(row, latent_size - 1), min(column, latent_size - 1)] = 1.0
+        mask[:, row, column] = 1.0
     return mask
 
 

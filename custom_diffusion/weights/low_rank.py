@@ -23,9 +23,9 @@ class Decomposition:
 
     def rank_for(self, share: float, power: int) -> int:
         """The smallest rank, 1 or more, whose values to the `power` add up to `share` of all."""
+        if share >= 1:
+            return len(self.values)
         parts = (self.values.double() ** power).cumsum(0)
-        if share >= 1 or parts[-1] == 0:
-            return len(self.values) if share >= 1 else 1
         return int((parts < share * parts[-1]).sum()) + 1
 
     def truncated(self, rank: int) -> LowRankDelta:
