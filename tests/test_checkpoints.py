@@ -321,9 +321,10 @@ def test_resuming_under_other_flags_follows_them(run, tmp_path):
 
 def test_starting_anew_where_checkpoints_are_is_told(run, tmp_path):
     shutil.copytree(run["output_dir"], tmp_path / "out")
+    shutil.copytree(run["output_dir"] / "checkpoint-4", tmp_path / "out" / "checkpoint-10")
     arguments = run | {"output_dir": tmp_path / "out", "max_train_steps": 1}
     output = launch.Run(launch.FORKED, arguments, tmp_path / "log").ok()
-    assert f"'{tmp_path / 'out'}' holds checkpoint-4 of an earlier run. This run starts anew" in output
+    assert f"'{tmp_path / 'out'}' holds checkpoint-10 of an earlier run. This run starts anew" in output
     assert "repeat the command with --resume_from_checkpoint latest" in output
 
 
