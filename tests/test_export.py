@@ -191,7 +191,7 @@ def test_what_was_kept_and_how_it_is_used_is_told(concept, tmp_path):
     values = [torch.linalg.svdvals(change).square() for change in changes]
     assert float(kept[1]) == pytest.approx(100 * min((v[:2].sum() / v.sum()).item() for v in values), abs=0.01)
     assert kept[2] == "; ".join(
-        [f"pipe.load_lora_weights('{tmp_path}/lora')"]
+        [f"pipe.load_lora_weights('{tmp_path}/lora', weight_name='{LORA_FILE}')"]
         + [f"pipe.load_textual_inversion('{tmp_path}/lora', weight_name='<new{n}>.safetensors')" for n in (1, 2)]
     )
     told = export(weights, to="a1111", output=tmp_path / "cat-webui")

@@ -107,13 +107,14 @@ def test_what_is_handed_on_has_all_settings_but_the_names_of_photos(tmp_path):
         ["--pretrained_model_name_or_path", "me/base", "--revision", "v1", "--variant", "fp16"]
     )
     recorded = run_settings(args, concepts, ["<new1>"], "no", 4, "digest")
-    config = weights_config(recorded, 7)
+    config = weights_config(recorded, 7, "a <new1> cat in a bucket")
     versions = config.pop("versions")
     assert versions == {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
     told = [{"instance_prompt": "a <new1> cat", "class_prompt": None, "num_photos": 3}]
     assert config == {
         "base_model": "me/base", "revision": "v1", "variant": "fp16", "freeze_model": "crossattn_kv",
-        "modifier_tokens": ["<new1>"], "concepts": told, "steps": 7, "settings": recorded | {"concepts": told},
+        "modifier_tokens": ["<new1>"], "concepts": told, "steps": 7, "validation_prompt": "a <new1> cat in a bucket",
+        "settings": recorded | {"concepts": told},
     }  # fmt: skip
     assert recorded["concepts"][0]["photos"] == ["0.jpg", "1.jpg", "2.jpg"]
 

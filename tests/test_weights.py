@@ -380,11 +380,14 @@ def test_compressed_files_of_other_things(tmp_path, change, named):
     state = {
         "a.attn2.to_k.weight.up": torch.ones(3, 2),
         "a.attn2.to_k.weight.down": torch.ones(2, 4),
+        "a.attn2.to_v.weight.up": torch.ones(3, 1),
+        "a.attn2.to_v.weight.down": torch.ones(1, 4),
         "a.attn2.to_out.0.bias": torch.ones(3),
     }
     safetensors.torch.save_file(state, tmp_path / "custom_diffusion_deltas.safetensors")
     weights = read_weights(tmp_path)
-    assert weights.shapes() == {"a.attn2.to_k.weight": (3, 4), "a.attn2.to_out.0.bias": (3,)}
+    shapes = {"a.attn2.to_k.weight": (3, 4), "a.attn2.to_v.weight": (3, 4), "a.attn2.to_out.0.bias": (3,)}
+    assert weights.shapes() == shapes
     assert weights.tensors.keys() == {"a.attn2.to_out.0.bias"}
     change(state)
     safetensors.torch.save_file(state, tmp_path / "custom_diffusion_deltas.safetensors")
