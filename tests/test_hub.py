@@ -21,7 +21,7 @@ from custom_diffusion.cli.training_flags import build_parser
 from custom_diffusion.errors import InputError
 from custom_diffusion.tools.share import make_repository, upload_run, write_card
 from custom_diffusion.training.model_card import PATH_FLAGS, model_card, training_command
-from custom_diffusion.weights.format import ConceptWeights, read_weights, write_weights
+from custom_diffusion.weights.format import ConceptWeights, write_weights
 
 CONFIG = {
     "base_model": "tester/base",
@@ -56,8 +56,6 @@ def base(server, tmp_path_factory):
 def local_hub(server, monkeypatch):
     """This process's client talks to the local Hub too."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
-    files = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", files)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True, raising=False)  # older ones know no XET
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -187,22 +185,34 @@ def make_trained_folder(folder, config=CONFIG):
     write_weights(folder, ConceptWeights({n: torch.ones(32, 32) for n in names}, tokens, config), unet, ("bin",))
 
 
-def test_weights_are_read_by_their_id_and_nothing_else_is_fetched(local_hub, tmp_path):
+def test_weights_are_read_by_their_id_and_nothing_else_is_fetched(server, tmp_path):
     tokens = {"<new1>": torch.ones(32), "s[k]s": torch.full((32,), 2.0)}
-    tensors = {"mid.attn2.to_k.weight": torch.rand(3, 32)}
+    tensors = {f"mid.attn2.{projection}.weight": torch.rand(3, 32) for projection in ("to_k", "to_v")}
     weights = ConceptWeights(tensors, tokens, {"modifier_tokens": list(tokens)})
     write_weights(tmp_path / "local", weights, Namespace(attn_processors={}), ("safetensors",))
     files = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
-    local_hub.repositories["somebody/words"] = files | {"sks.bin": b"another", "final.png": b"0", "skks.bin": b"0"}
-    read = read_weights("somebody/words", cache_dir=tmp_path / "cache")
-    assert torch.equal(read.tensors["mid.attn2.to_k.weight"], tensors["mid.attn2.to_k.weight"])
-    assert read.config == weights.config and list(read.tokens) == list(tokens)
-    assert all(torch.equal(read.tokens[token], row) for token, row in tokens.items())
+    server.repositories["somebody/words"] = files | {"sks.bin": b"another", "final.png": b"0", "skks.bin": b"0"}
+    code = """
+import torch
+from custom_diffusion import read_weights
+read = read_weights("somebody/words", cache_dir="cache")
+torch.save([read.tensors, read.tokens, read.config], "read.pt")
+for wrong in ("somebody/nothing", "no id at all"):
+    try:
+        read_weights(wrong, cache_dir="cache")
+    except ValueError as error:
+        print(error)
+"""
+    result = in_client(server, tmp_path / "home", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    read_tensors, read_tokens, config = torch.load(tmp_path / "read.pt", weights_only=True)
+    assert config == weights.config and list(read_tokens) == list(tokens)
+    for read, written in ((read_tensors, tensors), (read_tokens, tokens)):
+        assert all(torch.equal(read[name], tensor) for name, tensor in written.items())
     assert {path.name for path in (tmp_path / "cache").rglob("snapshots/*/*")} == files.keys()
-    for wrong in ("somebody/nothing", "no id at all"):
-        with pytest.raises(ValueError, match=f"'{wrong}' is no folder, and no Hub repository that can be had") as error:
-            read_weights(wrong, cache_dir=tmp_path / "cache")
-        assert "None" not in str(error.value) and "\n" not in str(error.value)
+    for line, wrong in zip(result.stdout.splitlines(), ("somebody/nothing", "no id at all"), strict=True):
+        assert line.startswith(f"'{wrong}' is neither a folder nor a Hub repository that can be reached (")
+        assert "None" not in line
 
 
 def test_failed_upload_loses_nothing_and_the_printed_command_repeats_it(local_hub, tmp_path, capsys):

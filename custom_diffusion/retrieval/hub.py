@@ -117,13 +117,22 @@ class StreamedDataset:
         features = self._dataset.features or {}
         self._image_columns = {column for column, feature in features.items() if type(feature).__name__ == "Image"}
         if features:
-            self._dataset = self._dataset.decode(False)  # images are decoded once, with the others
+            self._dataset = _undecoded(self._dataset, features, self._image_columns)
 
     def batches(self, row: int, offset: int) -> Iterator["StreamedRow"]:
         """One batch for each row."""
         rows = self._dataset.skip(row) if row else self._dataset
         for number, values in enumerate(rows, start=row):
             yield StreamedRow(number, values, self._image_columns)
+
+
+def _undecoded(dataset, features, image_columns):
+    """The dataset with its images as the files have them: they are decoded once, with those of other sources."""
+    if hasattr(dataset, "decode"):
+        return dataset.decode(False)
+    for column in image_columns:  # `datasets` before 3.4 or so
+        dataset = dataset.cast_column(column, type(features[column])(decode=False))
+    return dataset
 
 
 class StreamedRow(RowsBatch):
