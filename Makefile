@@ -13,7 +13,7 @@ demo: $(SETUP)  ## train a new concept on the small built-in model, draw it: dem
 	$(BIN)/python demo/demo.py
 
 test: $(SETUP)  ## the test suite on the newest versions (constraints.txt), in two processes
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
 test-oldest: .venv-oldest/.complete  ## its core on the oldest versions (requirements-oldest.txt)
 	OMP_NUM_THREADS=1 $(OLDEST)/python $(PYTEST) $(CORE) $(PYTEST_ARGS)
