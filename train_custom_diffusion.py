@@ -59,6 +59,7 @@ from custom_diffusion.training.curve import (
     Curve,
     FixedSet,
     affordable_samples,
+    best_step,
     class_images_to_measure,
     in_turn,
     learned_at,
@@ -224,9 +225,10 @@ def main(args, concepts):
         # Between steps: the curve, which checkpoints hold too, checkpoints and images
         if validating:
             measure(accelerator, curve, fixed_set, concept_model, progress.step)
-        if checkpointing:
+        best = best_step(curve.points, args.prior_loss_weight) if args.keep_best else None
+        if checkpointing or best == progress.step:
             # A full disk raises RunStopped in all processes
-            write_together(accelerator, output_dir, run_folder.save_checkpoint, progress.step, progress.position)
+            write_together(accelerator, output_dir, run_folder.save_checkpoint, progress.step, progress.position, best)
         if stop_signal:
             raise RunStopped(interrupted_message(output_dir, progress.step), status=128 + stop_signal)
         if validating and not at_end:
@@ -235,9 +237,8 @@ def main(args, concepts):
             reports.restart_clock()
     bar.close()
     write_together(accelerator, output_dir, run_folder.save_weights, progress.step)
-    write_together(
-        accelerator, output_dir, write_curve, output_dir, curve.points, {"learned": learned_at(curve.points)}
-    )
+    marks = {"learned": learned_at(curve.points), "best": best_step(curve.points, args.prior_loss_weight)}
+    write_together(accelerator, output_dir, write_curve, output_dir, curve.points, marks)
     saved = f"the trained weights are in '{output_dir}'"
     signals.end_at_once(f"train_custom_diffusion.py: stopped by a signal; {saved}")
 

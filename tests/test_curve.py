@@ -22,7 +22,7 @@ from custom_diffusion.model.loading import encoder_only, load_vae
 from custom_diffusion.model.source import ModelSource
 from custom_diffusion.training import curve as curves
 from custom_diffusion.training.checkpoints import _checksum
-from custom_diffusion.training.curve import Curve, FixedSet, Point, affordable_samples, in_turn, learned_at
+from custom_diffusion.training.curve import Curve, FixedSet, Point, affordable_samples, best_step, in_turn, learned_at
 from custom_diffusion.training.curve_report import COLORS, draw_curve
 from custom_diffusion.training.latents import LatentEncoder
 
@@ -206,6 +206,40 @@ def test_a_curve_that_goes_on_keeps_its_samples():
     resumed.load_state_dict(copy.deepcopy(curve.state_dict()))
     assert (resumed.points, resumed.num_samples) == (curve.points, 12)
     assert resumed.latest() == {"concept_loss": 0.125, "prior_loss_held_out": 0.5}
+
+
+# The best
+
+
+SCRIPTED = {0: 0.5, 1: 0.4, 2: 0.2, 3: 0.3, 4: 0.25, 5: 0.3}
+
+
+def scripted():
+    curves.FixedSet.measure = lambda self, model, step: Point(step, SCRIPTED[step], None)
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last(arguments, tmp_path, trained_difference):
+    changes = {"output_dir": tmp_path / "out", "validation_steps": 1, "checkpointing_steps": 3, "keep_best": True}
+    changes = arguments | changes | {"checkpoints_total_limit": 1}
+    launch.Run(launch.FORKED, changes, tmp_path / "log", changed_by=scripted).ok()
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert read_curve(tmp_path / "out")["best"] == 2
+    two_steps = changes | {"output_dir": tmp_path / "two", "max_train_steps": 2, "keep_best": False}
+    launch.Run(launch.FORKED, two_steps, tmp_path / "log2", changed_by=scripted).ok()
+    assert trained_difference(tmp_path / "out/checkpoint-2", tmp_path / "two") == 0
+    resumed = changes | {"resume_from_checkpoint": "latest"}
+    assert "from checkpoint-3" in launch.Run(launch.FORKED, resumed, tmp_path / "log3", changed_by=scripted).ok()
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_the_best_is_low_in_both_losses_after_the_first_step():
+    points = [Point(0, 0.0, 0.0), Point(1, 0.5, 0.1), Point(2, 0.3, 0.2), Point(3, 0.2, 0.4), Point(4, math.nan, 0.0)]
+    assert best_step(points, 1.0) == 2
+    assert best_step(points, 0.1) == 3
+    assert best_step(points, 10.0) == 1
+    assert best_step([Point(1, 0.1, None), Point(2, 0.3, 0.2), Point(3, 0.3, 0.1)], 1.0) == 3
+    assert best_step([Point(1, 0.1, None), Point(2, 0.3, None)], 1.0) == 1
+    assert best_step(points[:1], 1.0) is None
 
 
 # Class images

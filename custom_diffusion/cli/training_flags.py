@@ -141,6 +141,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--checkpointing_steps", type=int, default=250, help="Steps between checkpoints.")
     add("--checkpoints_total_limit", type=int, help="Checkpoints to keep; older ones are removed.")
+    add(
+        "--keep_best",
+        action="store_true",
+        help="Write a checkpoint whenever the losses on the fixed set are the best so far, and never remove the best one.",
+    )
     add("--resume_from_checkpoint", help="Name of a checkpoint in the output folder, or 'latest'.")
     add("--no_safe_serialization", action="store_true", help="Write .bin files only, no .safetensors.")
     add("--validation_prompt", help="Draw this prompt during training.")

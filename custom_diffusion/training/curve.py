@@ -89,6 +89,19 @@ def learned_at(points: list[Point]) -> int | None:
     return None
 
 
+def best_step(points: list[Point], prior_loss_weight: float) -> int | None:
+    """The step after the first at which both losses together, the prior's weighted, were the lowest; None before there is one.
+
+    Where class images are measured at some points only, the others do not count.
+    """
+    trained = [point for point in points if point.step > 0]
+    if any(point.prior is not None for point in trained):
+        trained = [point for point in trained if point.prior is not None]
+    sums = {point.step: point.concept + prior_loss_weight * (point.prior or 0) for point in trained}
+    finite = {step: loss for step, loss in sums.items() if math.isfinite(loss)}
+    return min(finite, key=finite.get, default=None)
+
+
 def affordable_samples(images_per_step: int, validation_steps: int, num_sets: int) -> int:
     """How many samples of each set to measure every `validation_steps`, so that it takes at most SHARE of the run.
 
