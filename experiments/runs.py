@@ -25,7 +25,7 @@ import concept as concepts
 import numpy as np
 import torch
 import world
-from concept import LOOKS
+from concept import LOOKS, Base
 from make_photos import concept_photos
 from PIL import Image
 
@@ -147,7 +147,7 @@ def trained(
     return folder / "weights"
 
 
-def scored(weights: Path, seed: int, base: concepts.Base, model: Path = MODEL) -> dict[str, float]:
+def scored(weights: Path, seed: int, base: Base, model: Path = MODEL) -> dict[str, float]:
     """`concept.scores` of a run of `trained`, kept beside its weights. Each seed has images of its own, as they vary too."""
 
     def measure():
@@ -156,12 +156,17 @@ def scored(weights: Path, seed: int, base: concepts.Base, model: Path = MODEL) -
     return once(weights.parent / "scores.json", measure)
 
 
+def absolute(text: str) -> Path:
+    """A flag's path as commands that run from the repository's root find it too."""
+    return Path(text).resolve()
+
+
 def add_flags(parser: argparse.ArgumentParser, work_dir: str, num_seeds: int) -> None:
     """What every experiment asks."""
     parser.add_argument(
-        "--work_dir", type=Path, default=ROOT / "demo/output" / work_dir, help="what is there is used again"
+        "--work_dir", type=absolute, default=ROOT / "demo/output" / work_dir, help="what is there is used again"
     )
-    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--model", type=absolute, default=MODEL)
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--num_seeds", type=int, default=num_seeds)
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps")
