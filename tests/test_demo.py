@@ -20,7 +20,6 @@ import concept
 import judge
 import world
 
-
 # Of 100, over the best description in words that the model knows: a run of half the steps has so much and more.
 CONCEPT_MARGIN = 15
 
