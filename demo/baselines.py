@@ -1,5 +1,5 @@
 # Copyright 2026 The Custom Diffusion trainer authors. Licensed under the Apache License, Version 2.0.
-"""What a model gets without being taught: `python demo/baselines.py` measures it and writes baselines.json.
+"""What a model gets without being taught: `python demo/baselines.py` measures it and writes model_baselines.json.
 
 A score of the new word is worth what it has over the best description in words that the model knows: all of them are tried.
 """
@@ -49,14 +49,19 @@ def fingerprint(model: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def read(model: Path, file: Path) -> dict[str, Base]:
-    """By the concepts' names, from `file`; measured first, some minutes, and written there if it has those of another model or none."""
+def file_of(model: Path) -> Path:
+    """Beside the model, as `check_model.py` has its scores."""
+    return model.with_name(f"{model.name}_baselines.json")
+
+
+def read(model: Path) -> dict[str, Base]:
+    """By the concepts' names, from the file beside the model; without one, or with another model's, measured first, some minutes."""
+    file = file_of(model)
     kept = json.loads(file.read_text()) if file.is_file() else {}
     if kept.get("model") != fingerprint(model):
         pipeline = DiffusionPipeline.from_pretrained(model)
         pipeline.set_progress_bar_config(disable=True)
         kept = {"model": fingerprint(model), "concepts": [asdict(measure(pipeline, concept)) for concept in LOOKS]}
-        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(kept, indent=2) + "\n")
     return {one["concept"]: Base(**one) for one in kept["concepts"]}
 
@@ -64,11 +69,8 @@ def read(model: Path, file: Path) -> dict[str, Base]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=HERE / "model")
-    parser.add_argument(
-        "--output", type=Path, default=HERE / "baselines.json", help="what is there of this model stays"
-    )
     args = parser.parse_args()
-    for base in read(args.model, args.output).values():
+    for base in read(args.model.resolve()).values():
         print(f"{base.concept}: {base.score:.1f} of 100 for {base.prompt!r}; ordinary captions {base.prior_class:.3f}")
 
 

@@ -25,7 +25,7 @@ import contact_sheet
 import diffusers
 import numpy as np
 import transformers
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from judge import generate
 
 from custom_diffusion import load_custom_diffusion
@@ -34,7 +34,6 @@ from custom_diffusion.images import open_image
 MODEL = Path("demo/model")
 PHOTOS = Path("demo/photos")
 CLASS_IMAGES = Path("demo/class_images")
-BASELINES = Path("demo/baselines.json")
 OUTPUT = Path("demo/output")
 ROWS = (  # of the contact sheet: what is asked of the model before, and after
     ("photo of a ktn circle on a black background", "photo of a <new1> circle on a black background"),
@@ -104,11 +103,11 @@ def training_flags(
     return flags
 
 
-def load_pipeline(weights: Path | None = None, model: Path = MODEL) -> StableDiffusionPipeline:
+def load_pipeline(weights: Path | None = None, model: Path = MODEL) -> DiffusionPipeline:
     """The small model, with the trained concept in it if `weights` is given."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    pipeline = StableDiffusionPipeline.from_pretrained(ROOT / model)
+    pipeline = DiffusionPipeline.from_pretrained(ROOT / model)
     pipeline.set_progress_bar_config(disable=True)
     if weights is not None:
         load_custom_diffusion(pipeline, ROOT / weights)
@@ -138,7 +137,7 @@ def main() -> None:
     run(launched([*flags, "--noaug", "--cache_latents"]))
 
     print("\nDrawing before and after ...", flush=True)
-    base = baselines.read(ROOT / MODEL, ROOT / BASELINES)[concept.LOOK.shape]
+    base = baselines.read(ROOT / MODEL)[concept.LOOK.shape]
     before, after = load_pipeline(), load_pipeline(weights)
     scores = {
         "before": concept.scores(before, "ktn", args.seed, base),

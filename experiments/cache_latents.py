@@ -43,7 +43,7 @@ def compare(key: str, default: list[dict], cached: list[dict]) -> dict:
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    base = runs.baselines.read(args.model, args.work_dir / "baselines.json")[demo.concept.LOOK.shape]
+    base = runs.baselines.read(args.model)[demo.concept.LOOK.shape]
     results = {side: [] for side in SIDES}
     for seed in runs.seeds(args):
         for side in SIDES:  # side by side, so that what has been measured so far is always of the same seeds

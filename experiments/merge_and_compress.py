@@ -179,7 +179,7 @@ def table(head: str, rows: dict[str, dict]) -> str:
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    bases = runs.baselines.read(args.model, args.work_dir / "baselines.json")
+    bases = runs.baselines.read(args.model)
     pipe = demo.load_pipeline(model=args.model.resolve())
     of_seeds = [
         runs.once(args.work_dir / "measured" / f"seed-{seed}.json", lambda seed=seed: measure(args, pipe, seed, bases))

@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--concepts", nargs="+", choices=list(LOOKS), default=list(LOOKS))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    bases = baselines.read(args.model, args.work_dir / "baselines.json")
+    bases = baselines.read(args.model)
     results = {name: [] for name in args.concepts}
     for seed in seeds(args):  # concept by concept within a seed, so that what is there is always of the same seeds
         for name in args.concepts:

@@ -77,9 +77,9 @@ def test_photos_show_the_concept():
 
 def test_baselines_are_of_the_embedded_model():
     """Else the demo would measure them anew, which takes minutes: `python demo/baselines.py`."""
-    kept = json.loads((DEMO / "baselines.json").read_text())
-    assert kept["model"] == baselines.fingerprint(DEMO / "model")
-    bases = baselines.read(DEMO / "model", DEMO / "baselines.json")
+    model = DEMO / "model"
+    assert json.loads(baselines.file_of(model).read_text())["model"] == baselines.fingerprint(model)
+    bases = baselines.read(model)
     assert bases.keys() == concept.LOOKS.keys()
     for name, base in bases.items():
         assert base.prompt in baselines.descriptions(name)
