@@ -2,6 +2,7 @@
 """How well the model draws a new thing, and how well it still draws everything else."""
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import cycle
 
 import numpy as np
@@ -62,6 +63,7 @@ def share_right(seen: list[Seen], specs: list[world.Spec]) -> float:
     return float(np.mean([*checks, *(one.hue is not None and one.edged.mean() <= 1 - MOST for one in seen)]))
 
 
+@cache
 def collapsed_share(concept: str) -> float:
     """`share_right` of the concept's class if every image of it showed the concept, on the background asked for."""
     look, specs = LOOKS[concept], class_specs(concept)

@@ -12,7 +12,7 @@ import world
 from colors import closeness, is_named, oklab
 
 FOREGROUND_DISTANCE = 48.0  # RGB distance from the background, of 441
-EDGE_DISTANCE = 0.05  # OKLab distance of an edge from the fill
+EDGE_DISTANCE = 0.08  # OKLab distance of an edge from the fill; less is the decoder's blur
 TEMPLATE = 32  # side of the shape templates, in cells
 SECTORS = 16  # of the rim, and of what is inside it
 MOST = 0.75  # of a rim or an inside that has to be as a caption says

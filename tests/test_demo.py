@@ -100,7 +100,7 @@ def test_concept_is_learned_and_the_rest_is_kept(with_prior):
     assert after["concept"] >= max(before["concept"], prompted["concept"]) + CONCEPT_MARGIN
     assert after["concept"] >= after["leakage"] + 10
     assert after["prior"] >= before["prior"] - 3
-    assert after["prior_class"] >= 85
+    assert after["prior_class"] >= 75
     assert Image.open(output / "before_after.png").width >= 1000
 
 
