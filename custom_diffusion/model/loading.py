@@ -158,8 +158,8 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype, *, safety_checker: bo
     parts = {part.encoder: load_text_encoder(source, cpu, part).to(dtype) for part in family.texts}
     if source.vae is not None:
         parts["vae"] = load_vae(source, dtype, cpu)
-    if not safety_checker:
-        parts |= family.no_checker
+    if not safety_checker and "safety_checker" in family.pipeline_options:
+        parts["safety_checker"] = None
     with source.reading(NOT_A_MODEL), warnings.catch_warnings():
         # `dtype`, which newer versions of diffusers ask for instead, is unknown to the older ones.
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
