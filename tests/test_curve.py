@@ -12,17 +12,24 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from PIL import Image
-from test_invariants import PROMPTS, make_concept_model
+from test_invariants import PROMPTS, make_concept_model, time_ids_for
 from test_trackers import read_tensorboard
 from tiny import make_class_folder, make_pictures
 
 from custom_diffusion.cli.training_flags import build_parser
 from custom_diffusion.files import CURVE_IMAGE, CURVE_VALUES, MANIFEST_NAME, STATE_NAME
-from custom_diffusion.model.loading import encoder_only, load_vae
-from custom_diffusion.model.source import ModelSource
 from custom_diffusion.training import curve as curves
 from custom_diffusion.training.checkpoints import _checksum
-from custom_diffusion.training.curve import Curve, FixedSet, Point, affordable_samples, best_step, in_turn, learned_at
+from custom_diffusion.training.curve import (
+    Curve,
+    FixedSet,
+    Point,
+    ShownImage,
+    affordable_samples,
+    best_step,
+    in_turn,
+    learned_at,
+)
 from custom_diffusion.training.curve_report import COLORS, draw_curve
 from custom_diffusion.training.latents import LatentEncoder
 
@@ -51,27 +58,26 @@ def read_curve(output_dir):
 # What is measured
 
 
-def test_every_sample_is_measured_as_its_own_objective(tiny_model, tmp_path):
+def test_every_sample_is_measured_as_its_own_objective(any_model):
     """Ten samples of three photos and of two class images, each by itself, against the sum over shared chunks."""
-    model, _, _ = make_concept_model(tiny_model)
-    scheduler = DDPMScheduler.from_pretrained(tiny_model, subfolder="scheduler")
-    vae = encoder_only(load_vae(ModelSource(str(tiny_model)), torch.float32, torch.device("cpu")))
+    model, _, vae = make_concept_model(any_model)
+    scheduler = DDPMScheduler.from_pretrained(any_model, subfolder="scheduler")
     pixels = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    photos, class_images = list(zip(pixels[:3], PROMPTS[:3])), list(zip(pixels[3:], PROMPTS[1:]))
-    encoder = LatentEncoder(vae, None)
-    point = FixedSet(Accelerator(cpu=True), scheduler, encoder, photos, class_images, 10).measure(model, 7)
+    images = [ShownImage(*one) for one in zip(pixels, [*PROMPTS, PROMPTS[0]], time_ids_for(range(5)))]
+    sets = images[:3], images[3:]
+    point = FixedSet(Accelerator(cpu=True), scheduler, LatentEncoder(vae, None), *sets, 10).measure(model, 7)
 
     with torch.no_grad():
-        for number, (images, found) in enumerate(((photos, point.concept), (class_images, point.prior))):
+        for number, found in enumerate((point.concept, point.prior)):
             errors = []
             for index in range(10):
-                image, prompt = images[index % len(images)]
+                image, prompt, time_ids = sets[number][index % len(sets[number])]
                 latents = vae.encode(image[None]).latent_dist.mean * vae.config.scaling_factor
                 noise, timestep = (
                     curves._noise(number, index, latents.shape[1:])[None],
                     torch.tensor([index * 100 + 50]),
                 )
-                predicted = model(scheduler.add_noise(latents, noise, timestep), timestep, [prompt])
+                predicted = model(scheduler.add_noise(latents, noise, timestep), timestep, [prompt], time_ids[None])
                 errors.append((predicted - noise).square().mean().item())
             assert found == pytest.approx(np.mean(errors), rel=1e-5)
             assert np.std(errors) > 1e-4

@@ -13,19 +13,26 @@ from dataclasses import astuple, dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import DDPMScheduler
-from PIL import Image
 
 from custom_diffusion.images import open_image
 from custom_diffusion.model.concept_model import ConceptModel
-from custom_diffusion.training.augmentation import draw_augmentation, render_class_image, render_photo
+from custom_diffusion.training.augmentation import (
+    class_time_ids,
+    draw_augmentation,
+    draw_class_crop,
+    photo_time_ids,
+    render_class_image,
+    render_photo,
+)
 from custom_diffusion.training.latents import LatentEncoder
 from custom_diffusion.training.objective import prediction_target
-from custom_diffusion.training.samples import CURVE, random_stream
+from custom_diffusion.training.samples import CURVE, TrainingSamples, random_stream
 
 logger = get_logger(__name__)
 CONCEPT_LOSS, PRIOR_LOSS = "concept_loss", "prior_loss_held_out"
@@ -120,21 +127,29 @@ def in_turn(groups: Iterable[list]) -> list:
     return [item for item in chain.from_iterable(zip_longest(*groups, fillvalue=missing)) if item is not missing]
 
 
-def photos_to_measure(photos: list[tuple[Image.Image, str]], size: int, most: int) -> list[tuple[torch.Tensor, str]]:
-    """(pixels (3, size, size), prompt) of the photos, at most so many: without augmentation, cut at the centre."""
+class ShownImage(NamedTuple):
+    """pixels: (3, H, W) in [-1, 1]. prompt: what it shows. time_ids: (6,), as `Family.added_conditions` takes them."""
+
+    pixels: torch.Tensor
+    prompt: str
+    time_ids: torch.Tensor
+
+
+def photos_to_measure(samples: TrainingSamples, size: int, most: int) -> list[ShownImage]:
+    """The run's photos, at most so many: without augmentation, cut at the centre."""
     by_prompt = {}
-    for photo, prompt in photos:
-        by_prompt.setdefault(prompt, []).append((photo, prompt))
-    return [(_centre_of(photo, size), prompt) for photo, prompt in in_turn(by_prompt.values())[:most]]
+    for (photo, prompt), original in zip(samples.photos, samples.photo_sizes):
+        by_prompt.setdefault(prompt, []).append((photo, prompt, original))
+    return [_shown_photo(*one, size) for one in in_turn(by_prompt.values())[:most]]
 
 
-def _centre_of(photo, size):
+def _shown_photo(photo, prompt, original, size):
     whole = draw_augmentation(None, *photo.size, size, center_crop=True, hflip=False, augment=False)  # draws nothing
-    return render_photo(photo, whole, size)
+    return ShownImage(render_photo(photo, whole, size), prompt, photo_time_ids(whole, photo, original, size))
 
 
-def class_images_to_measure(files: list[tuple[Path, str]], size: int, most: int) -> list[tuple[torch.Tensor, str]]:
-    """(pixels (3, size, size), caption) of the first `most` images that can be read.
+def class_images_to_measure(files: Iterable[tuple[Path, str]], size: int, most: int) -> list[ShownImage]:
+    """The first `most` images of (path, caption) that can be read, cut at the centre.
 
     Nothing has looked at these files before: training does not need them.
     """
@@ -143,11 +158,13 @@ def class_images_to_measure(files: list[tuple[Path, str]], size: int, most: int)
         if len(images) == most:
             break
         try:
-            pixels = render_class_image(open_image(path), None, size, center_crop=True, flip=False)
+            image = open_image(path)
         except Exception as error:  # Pillow raises many types on foreign bytes
             logger.warning(f"a class image that is not needed for training is passed over: '{path}' ({error})")
-        else:
-            images.append((pixels, caption))
+            continue
+        crop = draw_class_crop(None, *image.size, size, center_crop=True, flip=False)  # draws nothing
+        time_ids = class_time_ids(crop, image.size, size)
+        images.append(ShownImage(render_class_image(image, crop, size), caption, time_ids))
     return images
 
 
@@ -163,7 +180,7 @@ class FixedSet:
     equal parts of the timesteps. Each process measures its share.
 
     Args:
-        photos, class_images: (pixels, prompt), as the functions above make them. Without class images the prior is not measured.
+        photos, class_images: as the functions above make them. Without class images the prior is not measured.
         encoder: still with its VAE.
     """
 
@@ -172,8 +189,8 @@ class FixedSet:
         accelerator: Accelerator,
         scheduler: DDPMScheduler,
         encoder: LatentEncoder,
-        photos: list[tuple[torch.Tensor, str]],
-        class_images: list[tuple[torch.Tensor, str]],
+        photos: list[ShownImage],
+        class_images: list[ShownImage],
         num_samples: int,
     ):
         self.accelerator = accelerator
@@ -189,26 +206,27 @@ class FixedSet:
         own = chunks[accelerator.process_index :: accelerator.num_processes]
         self._chunks = [self._prepare(*chunk, encoder) for chunk in own]
 
+    @torch.no_grad()
     def _prepare(self, number, images, indices, encoder):
-        """Where the chunk's losses go, and what the model is asked: places, latents, noise, timesteps, prompts."""
+        """Where the chunk's losses go, then its latents and noise, and what the model is given beside them."""
+        device, first = self.accelerator.device, number * self.num_samples
         images = [images[index % len(images)] for index in indices]
-        latents = torch.cat([_latents(encoder, pixels, self.accelerator.device) for pixels, _ in images])
-        noise = [_noise(number, index, latents.shape[1:]) for index in indices]
+        latents = torch.cat([_latents(encoder, image.pixels.to(device)) for image in images])
+        noise = torch.stack([_noise(number, index, latents.shape[1:]) for index in indices])
         num_timesteps = self.scheduler.config.num_train_timesteps
-        timesteps = [(2 * index + 1) * num_timesteps // (2 * self.num_samples) for index in indices]
-        places = slice(number * self.num_samples + indices[0], number * self.num_samples + indices[-1] + 1)
-        device = latents.device
-        prompts = [prompt for _, prompt in images]
-        return places, latents, torch.stack(noise).to(device), torch.tensor(timesteps, device=device), prompts
+        timesteps = torch.tensor([(2 * index + 1) * num_timesteps // (2 * self.num_samples) for index in indices])
+        time_ids = torch.stack([image.time_ids for image in images])
+        conditions = timesteps.to(device), [image.prompt for image in images], time_ids.to(device)
+        return slice(first + indices[0], first + indices[-1] + 1), latents, noise.to(device), conditions
 
     @torch.no_grad()
     def measure(self, model: ConceptModel, step: int) -> Point:
         """Both losses of the model after `step` steps, the same in every process."""
         model.eval()
         losses = torch.zeros(self.num_sets * self.num_samples, device=self.accelerator.device)
-        for places, latents, noise, timesteps, prompts in self._chunks:
-            noisy_latents = self.scheduler.add_noise(latents, noise, timesteps)
-            model_pred = model(noisy_latents, timesteps, prompts)
+        for places, latents, noise, conditions in self._chunks:
+            timesteps = conditions[0]
+            model_pred = model(self.scheduler.add_noise(latents, noise, timesteps), *conditions)
             target = prediction_target(self.scheduler, latents, noise, timesteps)
             losses[places] = (model_pred.float() - target.float()).square().mean(dim=(1, 2, 3))
         model.train()
@@ -217,10 +235,10 @@ class FixedSet:
         return Point(step, means[0], means[1] if self.num_sets == 2 else None)
 
 
-def _latents(encoder, pixels, device):
+def _latents(encoder, pixels):
     """(1, C, h, w): the mean of the posterior, as no noise is to be left but that of the objective."""
-    mean, _ = encoder.moments(pixels.unsqueeze(0).to(device))
-    return mean * encoder.scaling_factor
+    mean, _ = encoder.moments(pixels.unsqueeze(0))
+    return (mean - encoder.shift) * encoder.scale
 
 
 def _noise(number, index, shape):
