@@ -183,7 +183,8 @@ def main(args, concepts):
     reports, loss_scale = StepReports(accelerator), LossScale(accelerator.scaler, output_dir)
     bar = make_bar(max_train_steps, progress.step, accelerator)
     losses = {}  # of the step so far, by name
-    for batch in batches:  # they end when `progress` has reached max_train_steps
+    learned = args.stop_when_learned and learned_at(curve.points) is not None  # a run that had ended stays so
+    for batch in () if learned else batches:  # they end when `progress` has reached max_train_steps
         # Forward and backward pass; with accumulation, several of them make a step
         with accelerator.accumulate(model):
             batch = send_to_device(batch, device, non_blocking=True)
@@ -229,6 +230,9 @@ def main(args, concepts):
             write_together(accelerator, output_dir, run_folder.save_checkpoint, progress.step, progress.position, best)
         if stop_signal:
             raise RunStopped(interrupted_message(output_dir, progress.step), status=128 + stop_signal)
+        if args.stop_when_learned and learned_at(curve.points) is not None:  # the same points in every process
+            logger.info(f"Learned: the photos' loss has stopped falling at step {progress.step} of {max_train_steps}")
+            break
         if validating and not at_end:
             validation.during_training(concept_model, progress.step)
         if checkpointing or validating:

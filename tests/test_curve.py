@@ -32,6 +32,7 @@ from custom_diffusion.training.curve import (
 )
 from custom_diffusion.training.curve_report import COLORS, draw_curve
 from custom_diffusion.training.latents import LatentEncoder
+from custom_diffusion.weights.format import read_weights
 
 LOSSES = ["concept_loss", "prior_loss_held_out"]
 
@@ -295,3 +296,32 @@ def test_a_loss_that_lies_still_has_been_learned():
     assert learned_at(curve_of([0.2] * 20)) is None  # nothing was learned
     assert learned_at(curve_of([0.2, *[0.3] * 20])) is None
     assert learned_at([]) is None
+
+
+FALLS_THEN_LIES = [0.5, 0.4, 0.3, *[0.2] * 20]  # three points after the fall are compared with three before
+
+
+def falling_then_lying():
+    curves.FixedSet.measure = lambda self, model, step: Point(step, FALLS_THEN_LIES[step], None)
+
+
+def test_a_run_ends_when_it_has_learned_and_stays_ended(arguments, tmp_path, trained_difference):
+    changes = {"validation_steps": 1, "checkpointing_steps": 4, "lr_scheduler": "cosine", "max_train_steps": 12}
+    changes = arguments | changes | {"train_batch_size": 1, "stop_when_learned": True, "output_dir": tmp_path / "out"}
+    runs = launch.run_group(2, changes, tmp_path / "log", changed_by=falling_then_lying)
+    for run in runs:
+        run.ok()
+    assert "has stopped falling at step 8 of 12" in runs[0].output
+    assert read_weights(tmp_path / "out").config["steps"] == read_curve(tmp_path / "out")["learned"] == 8
+    assert (tmp_path / "out" / CURVE_IMAGE).is_file()
+    assert trained_difference(tmp_path / "out", tmp_path / "out/checkpoint-8") == 0
+
+    shutil.copytree(tmp_path / "out", tmp_path / "first")
+    for name in ("checkpoint-8", "checkpoint-4"):  # finished, and on the way there
+        again = changes | {"resume_from_checkpoint": name, "train_batch_size": 2}
+        output = launch.Run(launch.FORKED, again, tmp_path / name, changed_by=falling_then_lying).ok()
+        assert f"Resuming from {name}" in output
+        assert read_curve(tmp_path / "out") == read_curve(tmp_path / "first")
+        assert read_weights(tmp_path / "out").config["steps"] == 8
+        assert trained_difference(tmp_path / "out", tmp_path / "first") < 1e-5
+    assert not (tmp_path / "out/checkpoint-12").exists()
