@@ -109,20 +109,19 @@ def scores(pipeline, word: str, seed: int, base: Base, images_per_place: int = 4
     return {key: round(value, 1) for key, value in values.items()}
 
 
-def pair_scores(pipeline, words: dict[str, str], seed: int, images_per_place: int = 4) -> dict[str, float]:
+def pair_scores(pipeline, phrases: dict[str, str], seed: int, images_per_place: int = 4) -> dict[str, float]:
     """Two new things in one image, by turns in either order.
 
     Args:
-        words: what stands for either concept, by its name in LOOKS.
+        phrases: what stands for either concept, like "<new1> circle", by its name in LOOKS.
     Returns:
         each concept's mean likeness by its name, `pair` that of the worse one of each image, and the shares of things that were
         kept, swapped or lost (see `pair_score`); 0 to 100.
     """
-    names = list(words)
+    names = list(phrases)
     ends = places(images_per_place)
     orders = [names if i % 2 == 0 else names[::-1] for i in range(len(ends))]
-    phrases = {name: f"a {words[name]} {LOOKS[name].shape}" for name in names}
-    prompts = [f"photo of {phrases[left]} and {phrases[right]} {end}" for (left, right), end in zip(orders, ends)]
+    prompts = [f"photo of a {phrases[left]} and a {phrases[right]} {end}" for (left, right), end in zip(orders, ends)]
     likenesses, fates = {name: [] for name in names}, []
     for image, order in zip(generate(pipeline, prompts, seed), orders):
         for name, (alike, fate) in zip(order, pair_score(image, *(LOOKS[name] for name in order))):

@@ -226,8 +226,8 @@ def pair_score(
 ) -> tuple[tuple[float, str], tuple[float, str]]:
     """Likeness of the left thing and of the right one, 0 to 1, each with its fate.
 
-    A thing is "kept" (likeness of a half or more), else "swapped" (it looks like the other one, or has its fill or its edge
-    and not its own), else "lost" (it is not there, or looks like neither).
+    A thing is "kept" (likeness of a half or more), else "swapped" (it has the other one's shape, fill or edge instead of its own),
+    else "lost" (it is not there, or looks like neither).
     """
     seen = see_pair(image)
     return _fate(seen[0], left, right), _fate(seen[1], right, left)
@@ -237,10 +237,11 @@ def _fate(seen: Seen, own: world.Thing | world.Spec, other: world.Thing | world.
     alike = likeness(seen, own)
     if alike >= 0.5:
         return alike, "kept"
-    # Only what a thing of the other look alone has, is taken from it.
-    parts = [(likeness, True), (fill_likeness, _fill(other)), (rim_likeness, _edge(other))]
-    swapped = any(named and part(seen, other) >= 0.5 > part(seen, own) for part, named in parts)
-    return alike, "swapped" if swapped else "lost"
+    has_shape = seen.shape == other.shape != own.shape
+    # What the other one is not said to have cannot be taken from it.
+    has_fill = _fill(other) and fill_likeness(seen, other) >= 0.5 > fill_likeness(seen, own)
+    has_edge = _edge(other) and rim_likeness(seen, other) >= 0.5 > rim_likeness(seen, own)
+    return alike, "swapped" if has_shape or has_fill or has_edge else "lost"
 
 
 def _fill(wanted: world.Thing | world.Spec) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import runs  # finds the demo
 import torch
-from concept import LOOKS, concept_score, pair_scores, places, scores
+from concept import FATES, LOOKS, concept_score, pair_scores, places, scores
 from judge import generate, likeness, see
 from PIL import Image, ImageDraw
 
@@ -26,7 +26,6 @@ from custom_diffusion.tools.export import LORA_FILE
 from custom_diffusion.weights.format import ConceptWeights, read_weights, write_weights
 from custom_diffusion.weights.low_rank import full_tensors
 
-WORDS = {"circle": "<new1>", "square": "<new2>"}  # as merged
 ENERGIES = ("0.1", "0.2", "0.4", "0.6", "0.8", "0.9")
 LORAS = ("--rank 1", "--rank 2", "--rank 4", "--rank 8", "--share 0.99", "--share 1")
 
@@ -65,16 +64,26 @@ def measure_merge(args: argparse.Namespace, pipe, folders: dict[str, Path], seed
     merged = tool(args, output, "merge", *map(str, folders.values()), "--captions", *captions)
     averaged = average(args, list(folders.values()), merged, output.with_name(f"average-{seed}"))
     apart = [runs.scored(folders[name], seed, bases[name], args.model) for name in LOOKS]
+    joint = runs.trained(args.work_dir, runs.JOINT, seed, args.steps, threads=args.threads, model=args.model)
+    apart = [runs.scored(folders[name], seed, bases[name], args.model) for name in LOOKS]
+    described = {name: base.prompt for name, base in bases.items()}
     rows = {
-        "best description": {name: base.score for name, base in bases.items()},
+        "best description": {name: base.score for name, base in bases.items()} | in_pairs(pipe, described, seed),
         "apart": together(apart),
     }
-    for label, folder in (("merged", merged), ("plain average", averaged)):
-        load_custom_diffusion(pipe, folder)
-        both = [scores(pipe, WORDS[name], seed, bases[name]) for name in LOOKS]
-        rows[label] = together(both) | {"in pairs": pair_scores(pipe, WORDS, seed)["pair"]}
+    phrases = {name: f"{word} {name}" for name, word in runs.WORDS.items()}
+    for label, weights in (("joint", joint), ("merged", merged), ("plain average", averaged)):
+        load_custom_diffusion(pipe, weights)
+        both = [scores(pipe, runs.WORDS[name], seed, bases[name]) for name in LOOKS]
+        rows[label] = together(both) | in_pairs(pipe, phrases, seed)
         unload_custom_diffusion(pipe)
     return rows
+
+
+def in_pairs(pipe, phrases: dict[str, str], seed: int) -> dict[str, float]:
+    """Scores of images of both: of the worse of the two, and the shares of things kept, swapped and lost."""
+    values = pair_scores(pipe, phrases, seed)
+    return {key: values[key] for key in ("pair", *FATES)}
 
 
 def together(both: list[dict[str, float]]) -> dict[str, float]:

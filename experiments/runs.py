@@ -33,7 +33,10 @@ import demo
 from custom_diffusion.files import whole_file
 
 MODEL = ROOT / demo.MODEL
+SCRIPT = ROOT / "train_custom_diffusion.py"
 FLAGS = ("--noaug", "--cache_latents")
+JOINT = "joint"
+WORDS = {"circle": "<new1>", "square": "<new2>"}  # where both are in one folder
 
 
 def once(file: Path, measure: Callable[[], dict | list]) -> dict | list:
@@ -50,17 +53,17 @@ def write_json(file: Path, content: dict | list) -> None:
         part.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error, NaN for a single value."""
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean and its standard error, None for a single value."""
     values = np.asarray(values, float)
-    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-    return float(values.mean()), float(error)
+    error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    return float(values.mean()), error
 
 
 def cell(values: Sequence[float], sign: str = "") -> str:
     """Mean and standard error as a table has them; `sign` "+" for differences."""
     mean, error = mean_and_error(values)
-    return f"{mean:{sign}.1f}" if np.isnan(error) else f"{mean:{sign}.1f} ± {error:.1f}"
+    return f"{mean:{sign}.1f}" if error is None else f"{mean:{sign}.1f} ± {error:.1f}"
 
 
 def table(rows: list[list[str]]) -> str:
@@ -111,6 +114,22 @@ def class_images(work_dir: Path, concept: str, num_images: int = 100) -> Path:
     return folder
 
 
+def joint_flags(work_dir: Path) -> list[str]:
+    """Both concepts in one run, over the flags of a single one."""
+    entries = [
+        {
+            "instance_prompt": f"photo of a {word} {name}",
+            "instance_data_dir": str(photos(work_dir, name).resolve()),
+            "class_prompt": name,
+            "class_data_dir": str(class_images(work_dir, name).resolve()),
+        }
+        for name, word in WORDS.items()
+    ]
+    file = work_dir / JOINT / "concepts.json"
+    write_json(file, entries)
+    return ["--concepts_list", str(file.resolve()), "--modifier_token", "+".join(WORDS.values())]
+
+
 def trained(
     work_dir: Path,
     concept: str,
@@ -119,16 +138,20 @@ def trained(
     flags: Sequence[str] = FLAGS,
     threads: int = 1,
     model: Path = MODEL,
+    script: Path = SCRIPT,
 ) -> Path:
-    """The folder of one concept's trained weights, trained now if it is not there.
+    """The folder of trained weights, trained now if they are not there.
 
     Args:
+        concept: name in LOOKS, for <new1>; or JOINT, for both in one run, with the words of WORDS.
         flags: of the training script, besides and over those of the demo.
+        script: what trains; a peer's may stand in that knows the same flags.
     Raises:
         SystemExit: what is there was trained otherwise. The number of threads may differ, though it moves scores a little.
     """
     folder = (work_dir / concept / f"seed-{seed}").resolve()
     settings = {"seed": seed, "steps": steps, "flags": list(flags), "model": baselines.fingerprint(model)}
+    settings["script"] = script.name if script == SCRIPT else str(script.resolve())
     note = folder / "run.json"
     if note.is_file():
         before = json.loads(note.read_text())
@@ -137,12 +160,13 @@ def trained(
             raise SystemExit(f"{folder} was trained with another {', '.join(differing)}: give another --work_dir")
         return folder / "weights"
     folder.mkdir(parents=True, exist_ok=True)
+    of = next(iter(LOOKS)) if concept == JOINT else concept
     command = demo.training_flags(
-        folder / "weights", concept, photos(work_dir, concept).resolve(), class_images(work_dir, concept).resolve(),
+        folder / "weights", of, photos(work_dir, of).resolve(), class_images(work_dir, of).resolve(),
         steps, seed=seed, model=model.resolve(),
     )  # fmt: skip
-    command += ["--checkpointing_steps", str(steps + 1), *flags]
-    run("train_custom_diffusion.py", *command, threads=threads, log=folder / "training.log")
+    command += ["--checkpointing_steps", str(steps + 1), *(joint_flags(work_dir) if concept == JOINT else []), *flags]
+    run(str(script.resolve()), *command, threads=threads, log=folder / "training.log")
     write_json(note, settings | {"threads": threads})
     return folder / "weights"
 

@@ -31,6 +31,12 @@ def test_a_run_is_trained_into_its_place(work_dir, weights):
     assert not list(weights.glob("checkpoint-*"))
 
 
+def test_both_concepts_are_trained_in_one_run(work_dir, tiny_model):
+    weights = runs.trained(work_dir, runs.JOINT, seed=3, steps=2, model=tiny_model)
+    assert weights == work_dir / "joint" / "seed-3" / "weights"
+    assert list(read_weights(weights).tokens) == ["<new1>", "<new2>"]
+
+
 def test_a_run_is_trained_once(work_dir, weights, tiny_model, monkeypatch):
     monkeypatch.setattr(runs, "run", None)  # would fail if called
     assert runs.trained(work_dir, "square", seed=3, steps=2, threads=2, model=tiny_model) == weights
@@ -47,7 +53,11 @@ def test_a_run_that_broke_off_is_made_again(work_dir, weights, tiny_model, monke
     assert json.loads(note.read_text()) == json.loads(kept)
 
 
-@pytest.mark.parametrize("other", [{"steps": 3}, {"flags": ["--noaug"]}], ids=lambda other: next(iter(other)))
+@pytest.mark.parametrize(
+    "other",
+    [{"steps": 3}, {"flags": ["--noaug"]}, {"script": runs.ROOT / "retrieve.py"}],
+    ids=lambda other: next(iter(other)),
+)
 def test_another_run_does_not_pass_for_it(work_dir, weights, tiny_model, other):
     with pytest.raises(SystemExit, match=f"another {next(iter(other))}"):
         runs.trained(work_dir, "square", seed=3, **{"steps": 2, "model": tiny_model, **other})

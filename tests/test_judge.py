@@ -179,3 +179,50 @@ def test_pairs_in_words_are_judged_by_their_captions():
     assert judge.pair_score(beside(*things), left, right) == ((1.0, "kept"), (1.0, "kept"))
     exchanged = replace(things[0], hue=120.0), replace(things[1], hue=0.0)
     assert [fate for _, fate in judge.pair_score(beside(*exchanged), left, right)] == ["swapped", "swapped"]
+
+
+class Draws:
+    """Stands for a pipeline: draws what the prompt says, <new1> as the circle's look and <new2> as the square's."""
+
+    def __init__(self, collapsed=False, exchanged=False):
+        self.collapsed, self.exchanged = collapsed, exchanged
+
+    def __call__(self, prompts, **settings):
+        self.images = np.stack([self.draw(prompt) for prompt in prompts]) / 255
+        return self
+
+    def draw(self, prompt):
+        phrases, background = prompt.removeprefix("photo of ").removesuffix(" background").split(" on a ")
+        things = [self.thing(phrase) for phrase in phrases.split(" and ")]
+        if self.exchanged:
+            things = [replace(thing, shape=other.shape) for thing, other in zip(things, things[::-1])]
+        if len(things) == 1:
+            return world.draw(replace(things[0], background=background))
+        return beside(*things, background)
+
+    def thing(self, phrase):
+        _, *words, shape = phrase.split()
+        if "<new1>" in words or self.collapsed:
+            return replace(CIRCLE, shape=shape)
+        if "<new2>" in words:
+            return replace(SQUARE, shape=shape)
+        return world.Thing(shape, world.HUES[words[0]] if words else 0.0, None, "white")
+
+
+def test_scores_of_a_model_that_learned_and_of_one_that_collapsed():
+    base = concept.Base("circle", "ktn circle", 4.0, 1.0)
+    learned = concept.scores(Draws(), "<new1>", 0, base, images_per_place=1)
+    assert learned == {"concept": 100, "concept_baseline": 4, "prior": 100, "prior_class": 100, "leakage": 0}
+    collapsed = concept.scores(Draws(collapsed=True), "<new1>", 0, base, images_per_place=1)
+    assert collapsed == {"concept": 100, "concept_baseline": 4, "prior": 50, "prior_class": 0, "leakage": 100}
+
+
+def test_scores_of_pairs():
+    phrases = {"circle": "<new1> circle", "square": "<new2> square"}
+    kept = concept.pair_scores(Draws(), phrases, 0, images_per_place=1)
+    assert kept == {"circle": 100, "square": 100, "pair": 100, "kept": 100, "swapped": 0, "lost": 0}
+    exchanged = concept.pair_scores(Draws(exchanged=True), phrases, 0, images_per_place=1)
+    assert exchanged == {"circle": 0, "square": 0, "pair": 0, "kept": 0, "swapped": 100, "lost": 0}
+    lost = concept.pair_scores(Draws(), {"circle": "circle", "square": "<new2> square"}, 0, images_per_place=1)
+    assert (lost["circle"], lost["square"], lost["pair"]) == (0, 100, 0)
+    assert (lost["kept"], lost["swapped"], lost["lost"]) == (50, 0, 50)
