@@ -404,8 +404,15 @@ def test_the_benchmark_prints_commands_trains_scores_and_compares(world, dataset
 def test_a_dataset_that_cannot_be_used_is_told_in_one_line(world, dataset, tiny_model, tmp_path, capsys):
     argv = benchmark_flags(world, dataset, tmp_path / "out", tiny_model)
     assert error_of(capsys, "cat", *argv).startswith("weights: --dataset brings its own")
+    assert error_of(capsys, *argv, "--train", "'--hflip").startswith('--train: "\'--hflip" cannot be split')
+    clip = argv.index("--clip_model") + 1
+    assert "--clip_model: 'no/clip'" in error_of(capsys, *argv[:clip], "no/clip", *argv[clip + 1 :], "--train")
     entries = (dataset / "dataset.json").read_text()
     (dataset / "dataset.json").write_text("[{}]")
+    with pytest.raises(InputError, match="--data: is missing"):
+        evaluate(dataset="customconcept101", output=tmp_path / "out")
+    with pytest.raises(InputError, match="--photos: is missing"):
+        evaluate(world / "checkpoint-100", output=tmp_path / "out")
     assert re.match("--data: '.*dataset.json' must be a list of concepts", error_of(capsys, *argv))
     (dataset / "dataset.json").write_text(entries)
     shutil.rmtree(dataset / "benchmark_dataset" / "pet_cat")

@@ -111,7 +111,7 @@ def training_command(concept: BenchmarkConcept, output: Path, model: str, flags:
     ]  # fmt: skip
 
 
-def train(concept: BenchmarkConcept, command: Sequence[str]) -> None:
+def train_concept(concept: BenchmarkConcept, command: Sequence[str]) -> None:
     """Run a training command. Raises InputError if it fails."""
     status = subprocess.run([sys.executable, *command], check=False).returncode
     if status:

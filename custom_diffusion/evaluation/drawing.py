@@ -14,13 +14,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from custom_diffusion.errors import InputError, first_line
+from custom_diffusion.evaluation.prompts import MOST_IMAGES
 from custom_diffusion.files import recover, whole_file
 from custom_diffusion.model.loading import load_pipeline
 from custom_diffusion.model.source import ModelSource
 from custom_diffusion.weights.format import ConceptWeights
 
 NOTE = "custom-diffusion"  # the PNG's text chunk that says how it was drawn
-MOST_IMAGES = 1000  # of a prompt: their seeds lie between those of two prompts
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from custom_diffusion.errors import InputError
 
 _SETS = Path(__file__).with_name("prompt_sets")
+MOST_IMAGES = 1000  # of a prompt: their seeds lie between those of two prompts
 PROMPT_SETS = tuple(sorted(path.stem for path in _SETS.glob("*.txt")))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -33,16 +32,18 @@ class Models:
         cpu = torch.device("cpu")
         self.device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else cpu
         self.precision = "fp16" if self.device.type == "cuda" else "fp32"
+        self._encoders = None
         self._pipelines = {}
 
-    @cached_property
     def encoders(self) -> tuple[ImageEncoder, TextEncoder, ImageEncoder]:
         """CLIP's for images and texts, and DINO's. Raises InputError if one cannot be loaded."""
-        return (*load_clip(self.clip_model, self.device), load_dino(self.dino_model, self.device))
+        if self._encoders is None:
+            self._encoders = (*load_clip(self.clip_model, self.device), load_dino(self.dino_model, self.device))
+        return self._encoders
 
     def scorer(self, photos: Sequence[Path], class_images: Sequence[Path]) -> Scorer:
         """What scores images against these files. Raises InputError if one cannot be decoded."""
-        clip, text, dino = self.encoders
+        clip, text, dino = self.encoders()
         class_features = clip(class_images, "--class_images") if class_images else None
         return Scorer(clip, text, dino, clip(photos, "--photos"), dino(photos, "--photos"), class_features)
 

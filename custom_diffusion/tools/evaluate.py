@@ -24,8 +24,16 @@ from custom_diffusion.cli.tool_flags import (
     writable_problems,
 )
 from custom_diffusion.errors import InputError
-from custom_diffusion.evaluation import benchmark as customconcept101
-from custom_diffusion.evaluation.prompts import PROMPT_SETS, read_prompts
+from custom_diffusion.evaluation.benchmark import (
+    MODEL,
+    comparison,
+    is_trained,
+    read_customconcept101,
+    train_concept,
+    training_command,
+    weights_folder,
+)
+from custom_diffusion.evaluation.prompts import MOST_IMAGES, PROMPT_SETS, read_prompts
 from custom_diffusion.evaluation.references import find_class_images, find_photos
 from custom_diffusion.evaluation.report import PAGE, text_table, write_results
 
@@ -33,7 +41,8 @@ if TYPE_CHECKING:
     from custom_diffusion.weights.format import ConceptWeights
 
 CLIP_MODEL, DINO_MODEL = "openai/clip-vit-base-patch32", "facebook/dino-vits16"
-MOST_IMAGES = 1000  # of a prompt: their noise has the seeds between those of two prompts
+NO_PHOTOS = "--photos: is missing; name the folder of the concept's photos"
+NO_DATA = "--data: is missing; name the folder that holds the dataset"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +50,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("weights", nargs="*", help="trained folders, checkpoint folders or Hub ids; none for the base model alone")
     add("--photos", help="folder of the concept's photos")
     add("--output", required=True, help="folder for images, results and page; one of an earlier call is gone on with")
-    add("--prompts", help=f"file, one a line, {{}} for the concept; or {', '.join(PROMPT_SETS)} (default: things)")
+    add(
+        "--prompts",
+        default="things",
+        help=f"file, one a line, {{}} for the concept; or {', '.join(PROMPT_SETS)} (default: %(default)s)",
+    )
     add("--concept", help="what {} stands for (default: the weights' instance prompt from its modifier token on)")
     add("--with_base", action="store_true", help="score the base model too")
     add("--num_images", type=int, default=5, help="images per prompt (default: %(default)s)")
@@ -89,7 +102,7 @@ def _subject_problems(args):
     if not args.weights and args.model is None:
         problems.append("weights: give trained weights, or a --model to score")
     if args.photos is None:
-        problems.append("--photos: is missing; name the folder of the concept's photos")
+        problems.append(NO_PHOTOS)
     for read, name in (
         (find_photos, args.photos),
         (find_class_images, args.class_images),
@@ -104,35 +117,32 @@ def _subject_problems(args):
 
 
 def _dataset_problems(args):
-    given = [n for n in ("weights", "photos", "prompts", "concept", "with_base", "class_images") if getattr(args, n)]
+    given = [n for n in ("weights", "photos", "concept", "with_base", "class_images") if getattr(args, n)]
+    given += ["prompts"] if args.prompts != "things" else []
     names = [name if name == "weights" else f"--{name}" for name in given]
     problems = [f"{name}: --dataset brings its own; leave it out" for name in names]
-    return problems + ([] if args.data else ["--data: is missing; name the folder that holds the dataset"])
+    if args.data is None:
+        problems.append(NO_DATA)
+    try:
+        shlex.split(args.train or "")
+    except ValueError as error:
+        problems.append(f"--train: {args.train!r} cannot be split into flags ({error})")
+    return problems
 
 
 def main(args: argparse.Namespace) -> None:
     """Print the scores, and where the page is."""
-    flags = {name: value for name, value in vars(args).items() if name not in ("tool", "dataset", "data", "train")}
+    rows = evaluate(**{name: value for name, value in vars(args).items() if name != "tool"})
     if args.dataset is None:
-        print(text_table(evaluate(**flags | {"prompts": args.prompts or "things"})))
+        print(text_table(rows))
         print(f"\n{Path(args.output) / PAGE}")
-        return
-    drawing = ("num_images", "num_inference_steps", "guidance_scale", "resolution", "seed")
-    _benchmark(
-        Path(args.data),
-        None if args.train is None else shlex.split(args.train),
-        (args.clip_model, args.dino_model),
-        Path(args.output),
-        (args.model, args.revision, args.variant),
-        **{name: flags[name] for name in drawing},
-    )
 
 
 def evaluate(
-    weights: ConceptWeights | str | Path | Sequence[ConceptWeights | str | Path] = (),
+    weights: ConceptWeights | str | Path | Sequence[ConceptWeights | str | Path] | None = None,
     *,
-    photos: str | Path,
     output: str | Path,
+    photos: str | Path | None = None,
     prompts: str | Path = "things",
     concept: str | None = None,
     with_base: bool = False,
@@ -144,6 +154,9 @@ def evaluate(
     guidance_scale: float = 6.0,
     resolution: int | None = None,
     seed: int = 42,
+    dataset: str | None = None,
+    data: str | Path | None = None,
+    train: str | None = None,
     model: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
@@ -152,51 +165,63 @@ def evaluate(
 
     Args:
         weights: trained folder, checkpoint folder, Hub id or weights already read, one or several; none for the base model.
-        photos: folder of the concept's photos. class_images: of its class; adds what is forgotten.
+        photos: folder of the concept's photos, needed but with `dataset`. class_images: of its class; adds what is forgotten.
         output: folder for images, results.json, results.csv and the page. What it holds of an earlier call is used again.
         prompts: text file, or "things", "faces", "styles". num_images: of each prompt.
         concept: what `{}` stands for, by default the instance prompt from its modifier token on.
+        dataset: "customconcept101" for the benchmark in the folder `data`, which brings photos and prompts. Prints the training
+            command of what is not trained yet; `train` runs it, with these flags added.
         with_base: score the base model too. model, revision, variant: it, by default the one that the weights name.
     Returns:
-        The results of results.json, one for the base model and each of the weights: name, steps, mean scores with standard
-        errors over prompts, and the scores of each image.
+        The results of results.json, one for the base model and each of the weights, or for each trained concept of the dataset:
+        name, steps, mean scores with standard errors over prompts, and the scores of each image.
     Raises:
         InputError: something cannot be used, or was drawn with other settings. Nothing has been drawn then.
     """
     from custom_diffusion.evaluation.run import Models, evaluate_subjects
 
-    given = list(weights) if isinstance(weights, (list, tuple)) else [weights]
+    models, source = Models(clip_model, dino_model), (model, revision, variant)
+    settings = {"num_images": num_images, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    settings |= {"resolution": resolution, "seed": seed}
+    if dataset is not None:
+        if data is None:
+            raise InputError(NO_DATA)
+        extra = None if train is None else shlex.split(train)
+        return _benchmark(read_customconcept101(data), extra, models, Path(output), source, **settings)
+    if photos is None:
+        raise InputError(NO_PHOTOS)
+    given = [] if weights is None else list(weights) if isinstance(weights, (list, tuple)) else [weights]
     return evaluate_subjects(
-        Models(clip_model, dino_model), given, Path(output), photos=photos, prompts=prompts, concept=concept,
-        with_base=with_base, num_images=num_images, class_images=class_images, seed=seed, source=(model, revision, variant),
-        num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, resolution=resolution,
+        models, given, Path(output), photos=photos, prompts=prompts, concept=concept, with_base=with_base,
+        class_images=class_images, source=source, **settings,
     )  # fmt: skip
 
 
-def _benchmark(data, train, encoders, output, source, **settings):
-    """Train what is asked for, score every concept that is trained, and compare with what was published.
+def _benchmark(concepts, train_flags, models, output, source, **settings):
+    """Train what is asked for, score every concept that is trained, print the comparison; returns the scores.
 
     Args:
-        train: more flags for training; None to print the commands of what is not trained yet.
+        train_flags: more flags for training; None to print the commands of what is not trained yet, and train nothing.
     Raises:
-        InputError: the dataset cannot be used, or a training failed.
+        InputError: a training failed.
     """
-    from custom_diffusion.evaluation.run import Models, evaluate_subjects
+    from custom_diffusion.evaluation.run import evaluate_subjects
 
-    concepts = customconcept101.read_customconcept101(data)
+    if train_flags is not None:
+        models.encoders()  # what is wrong with them is told before hours of training
     model, revision, variant = source
     flags = [f"--{name}={value}" for name, value in (("revision", revision), ("variant", variant)) if value is not None]
-    flags += [f"--resolution={settings['resolution'] or 512}", *(train or [])]
+    flags += [f"--resolution={settings['resolution'] or 512}", *(train_flags or [])]
     for concept in concepts:
-        if not customconcept101.is_trained(output, concept):
-            command = customconcept101.training_command(concept, output, model or customconcept101.MODEL, flags)
+        if not is_trained(output, concept):
+            command = training_command(concept, output, model or MODEL, flags)
             print(shlex.join(["python", *command]), flush=True)
-            if train is not None:
-                customconcept101.train(concept, command)
-    rows, models = [], Models(*encoders)
-    trained = [concept for concept in concepts if customconcept101.is_trained(output, concept)]
+            if train_flags is not None:
+                train_concept(concept, command)
+    rows = []
+    trained = [concept for concept in concepts if is_trained(output, concept)]
     for concept in trained:
-        weights, folder = customconcept101.weights_folder(output, concept), output / concept.name / "scores"
+        weights, folder = weights_folder(output, concept), output / concept.name / "scores"
         rows += evaluate_subjects(
             models, [weights], folder, photos=concept.photos, prompts=concept.prompts, concept=None, with_base=False,
             class_images=None, source=source, **settings,
@@ -204,4 +229,5 @@ def _benchmark(data, train, encoders, output, source, **settings):
         print(f"{concept.name}: {folder / PAGE}", flush=True)
     if rows:
         write_results(output, {"dataset": "customconcept101", **settings}, rows)
-        print("\n" + customconcept101.comparison(rows, len(concepts)))
+        print("\n" + comparison(rows, len(concepts)))
+    return rows
