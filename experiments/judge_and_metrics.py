@@ -17,6 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "demo"), str(ROOT)]  # the small model's world and judge; the package, installed or not
 
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
 import concept
 import numpy as np
 import torch

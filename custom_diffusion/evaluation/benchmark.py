@@ -26,10 +26,11 @@ PUBLISHED = {
     "DreamBooth": (0.7514, 0.7521, 0.5541),
     "Custom Diffusion": (0.7583, 0.7456, 0.5335),
 }
-# As the authors advise for one GPU.
+# As the authors advise for one GPU; and what was stopped is gone on with.
 RECIPE = (
     "--with_prior_preservation", "--prior_loss_weight=1.0", "--num_class_images=200", "--train_batch_size=2",
     "--learning_rate=1e-5", "--scale_lr", "--lr_warmup_steps=0", "--max_train_steps=500", "--hflip",
+    "--resume_from_checkpoint=latest",
 )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ BATCH_SIZE = 32
 DINO_RESIZE = 256 / 224  # the shorter side before the crop, in sides of the crop
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Where torchvision is installed, transformers 5 resizes with it, unless asked for the Pillow one by this name.
-PillowProcessor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+PillowProcessor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
 
 
 @dataclass

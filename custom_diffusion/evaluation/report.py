@@ -29,7 +29,7 @@ def summary(images: Sequence[dict]) -> dict[str, float | None]:
     """Means of the images' scores, and as `<score>_error` the standard error of each over prompts, None with one prompt."""
     by_prompt = {}
     for image in images:
-        by_prompt.setdefault(image["text"], []).append(image)
+        by_prompt.setdefault(image["template"], []).append(image)
     result = {}
     for score in IMAGE_SCORES:
         result[score] = statistics.fmean(image[score] for image in images)
