@@ -13,7 +13,7 @@ FLOORS = [
     {"errors", "files", "families", "images", "class_folder", "progress"},
     {"cli", "retrieval", "weights"},
     {"model"},
-    {"training"},
+    {"training", "evaluation"},
     {"tools"},
     {"__init__", "__main__"},
 ]
