@@ -35,6 +35,7 @@ from custom_diffusion.files import whole_file
 MODEL = ROOT / demo.MODEL
 SCRIPT = ROOT / "train_custom_diffusion.py"
 FLAGS = ("--noaug", "--cache_latents")
+EVERY = 50  # steps between a run's checkpoints, as between the points of its curve
 JOINT = "joint"
 WORDS = {"circle": "<new1>", "square": "<new2>"}  # where both are in one folder
 
@@ -93,8 +94,11 @@ def photos(work_dir: Path, concept: str) -> Path:
     return folder
 
 
-def class_images(work_dir: Path, concept: str, num_images: int = 100) -> Path:
-    """The folder, in the layout of `retrieve.py`, with ordinary images of the concept's class, none of its colour."""
+def class_images(work_dir: Path, concept: str, num_images: int = 120) -> Path:
+    """The folder, in the layout of `retrieve.py`, with ordinary images of the concept's class, none of its colour.
+
+    Training shows 100 of them; the curve measures forgetting on the others.
+    """
     folder = work_dir / concept / "class"
     if (folder / "urls.txt").is_file():
         return folder
@@ -165,7 +169,7 @@ def trained(
         folder / "weights", of, photos(work_dir, of).resolve(), class_images(work_dir, of).resolve(),
         steps, seed=seed, model=model.resolve(),
     )  # fmt: skip
-    command += ["--checkpointing_steps", str(steps + 1), *(joint_flags(work_dir) if concept == JOINT else []), *flags]
+    command += ["--checkpointing_steps", str(EVERY), *(joint_flags(work_dir) if concept == JOINT else []), *flags]
     run(str(script.resolve()), *command, threads=threads, log=folder / "training.log")
     write_json(note, settings | {"threads": threads})
     return folder / "weights"
