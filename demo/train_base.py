@@ -36,16 +36,20 @@ from small_models import (
 from torch import nn
 
 PAIR_SHARE = 0.38  # of the images, two things
+PAIR_WEIGHT = (
+    2.5  # how much more often one of them is shown than one of the others: 60 % of what UNet and text encoders see
+)
 WHOLE = (world.SIZE, world.SIZE, 0, 0, world.SIZE, world.SIZE)  # original height and width, crop top and left, target
 
 
 @dataclass
 class Drawn:
-    """Images (N, 64, 64, 3) uint8, their captions, and their time_ids (N, 6) float: see `WHOLE`."""
+    """Images (N, 64, 64, 3) uint8, their captions, time_ids (N, 6) float (see `WHOLE`) and weights (N,) in sampling."""
 
     images: np.ndarray
     captions: list[str]
     time_ids: torch.Tensor
+    weights: torch.Tensor
 
 
 def parse_args() -> argparse.Namespace:
@@ -74,7 +78,7 @@ def draw_images(num_images: int, seed: int, views: bool) -> Drawn:
     """Images of one thing or two; with `views`, each as a file of some size that was resized and cropped."""
     rng = np.random.default_rng(seed)
     images = np.empty((num_images, world.SIZE, world.SIZE, 3), np.uint8)
-    captions, time_ids = [], []
+    captions, time_ids, weights = [], [], []
     for i in range(num_images):
         if rng.random() < PAIR_SHARE:
             things, spec = world.random_pair(rng)
@@ -84,7 +88,8 @@ def draw_images(num_images: int, seed: int, views: bool) -> Drawn:
         images[i], ids = random_view(things, rng) if views else (world.draw(*things), WHOLE)
         captions.append(spec.caption())
         time_ids.append(ids)
-    return Drawn(images, captions, torch.tensor(time_ids, dtype=torch.float32))
+        weights.append(PAIR_WEIGHT if len(things) == 2 else 1.0)
+    return Drawn(images, captions, torch.tensor(time_ids, dtype=torch.float32), torch.tensor(weights))
 
 
 def random_view(things: tuple[world.Thing, ...], rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -210,7 +215,7 @@ def train_unet(pipeline: DiffusionPipeline, latents: torch.Tensor, drawn: Drawn,
     losses, start = [], time.time()
     for step in range(first_step, args.steps):
         torch.manual_seed(args.seed * 1_000_003 + step)
-        chosen = torch.randint(len(latents), (args.batch_size,))
+        chosen = torch.multinomial(drawn.weights, args.batch_size, replacement=True)
         x = latents[chosen].contiguous(memory_format=torch.channels_last)
         ids = torch.where(torch.rand(args.batch_size, 1) < empty_share, empty_ids, input_ids[:, chosen])
         # More of the noisy steps, where the caption decides what the image will be.

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers import DiffusionPipeline
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +19,8 @@ sys.path.insert(0, str(DEMO))
 import check_model
 import concept
 import judge
+import small_models
+import train_base
 import world
 
 LARGEST = {"model": 12e6, "model_sdxl": 16e6}  # bytes
@@ -99,6 +102,38 @@ def test_held_out_pairs_are_never_drawn():
     assert len(held_out) == 134
     assert not held_out & shown
     assert len([pair for pair in shown if pair[1] in world.HUES and pair[3] in world.HUES]) > 200  # of the 266 others
+
+
+def test_views_are_what_their_time_ids_say():
+    rng = np.random.default_rng(7)
+    kinds = {"as drawn": 0, "resized": 0, "cropped": 0}
+    for _ in range(60):
+        thing, _ = world.random_sample(rng)
+        image, (height, width, top, left, *target) = train_base.random_view((thing,), rng)
+        assert (height, *target) == (width, world.SIZE, world.SIZE)
+        kinds["cropped" if top + left else "resized" if height != world.SIZE else "as drawn"] += 1
+        file, box = Image.fromarray(world.draw(thing, size=height)), (left, top, left + world.SIZE, top + world.SIZE)
+        sizes = range(world.SIZE + max(top, left), 97) if top + left else [world.SIZE]
+        views = [file.resize((size, size), Image.Resampling.BICUBIC).crop(box) for size in sizes]
+        assert any(np.array_equal(image, view) for view in views)
+    assert min(kinds.values()) > 5
+
+
+def test_small_sdxl_takes_up_what_the_small_model_can():
+    model = StableDiffusionPipeline.from_pretrained(DEMO / "model")
+    larger = small_models.new_sdxl_pipeline(model.vae)
+    caption = world.held_out_specs()[0].caption()
+    small_models.start_from(larger, DEMO / "model", [spec.caption() for spec in world.held_out_specs()])
+    torch.manual_seed(0)
+    latents, timestep, time_ids = torch.randn(1, 4, 16, 16), torch.tensor([700]), torch.tensor([train_base.WHOLE])
+    predictions = []
+    with torch.no_grad():
+        for pipeline in (model, larger):
+            ids = small_models.tokenized(pipeline, [caption])
+            features, pooled = small_models.encoded(small_models.learned_parts(pipeline), ids)
+            added = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
+            predictions.append(pipeline.unet(latents, timestep, features, added_cond_kwargs=added).sample)
+    assert (predictions[1] - predictions[0]).norm() < 0.15 * predictions[0].norm()
 
 
 def test_photos_show_the_concept():
