@@ -243,8 +243,11 @@ def train_unet(pipeline: DiffusionPipeline, latents: torch.Tensor, drawn: Drawn,
 def main() -> None:
     args = parse_args()
     torch.manual_seed(args.seed)
-    vae = AutoencoderKL.from_pretrained(args.start_from / "vae") if args.start_from else new_vae()
-    vae.to(memory_format=torch.channels_last)
+    vae = new_vae()
+    if args.start_from:
+        old_vae = AutoencoderKL.from_pretrained(args.start_from / "vae")
+        vae.load_state_dict(old_vae.state_dict())
+        vae.register_to_config(scaling_factor=old_vae.config.scaling_factor)
     drawn = draw_images(args.num_images, args.seed, views=args.sdxl)
     train_vae(vae, drawn.images, args)
     path = args.work_dir / "latents.pt"
