@@ -298,6 +298,16 @@ def test_diffusers_alone_loads_the_same_but_for_where_it_pools(tiny_xl_model, co
     assert (draw(ours) - draw(theirs)).abs().max() < 4e-3
 
 
+def test_a_pipeline_saved_with_the_words_in_reads_them_alike(tiny_xl_model, concept, tmp_path):
+    """By diffusers alone, pooled features included."""
+    pipe = open_pipeline(tiny_xl_model)
+    load_custom_diffusion(pipe, concept)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    for features, expected in zip(pipeline_features(again, PROMPTS), pipeline_features(pipe, PROMPTS), strict=True):
+        assert torch.allclose(features, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 def test_offloaded_pipelines(offload, tiny_xl_model, concept):
     plain, pipe = open_pipeline(tiny_xl_model), open_pipeline(tiny_xl_model)
