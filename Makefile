@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.complete
 OLDEST := .venv-oldest/bin
 # What must work on every version that requirements.txt admits.
-CORE := $(wildcard $(addprefix tests/test_,weights.py run.py checkpoints.py resuming.py export.py objective.py retrieve*.py hub.py versions.py))
+CORE := $(wildcard $(addprefix tests/test_,weights.py run.py checkpoints.py resuming.py export.py objective.py evaluate_metrics.py retrieve*.py hub.py versions.py))
 # Beside torch, transformers, accelerate and tensorboard, which such machines have.
 WHEELS ?= diffusers importlib_metadata httpx bitsandbytes
 GPU_PYTHON ?= 3.12
@@ -12,8 +12,8 @@ PYTEST := -m pytest -n 2 --dist loadfile
 
 .PHONY: demo test test-oldest matrix resolve style bench gpu gpu-wheels mutants clean
 
-demo: $(SETUP)  ## train a new concept on the small built-in model, draw it: demo/output/before_after.png
-	$(BIN)/python demo/demo.py
+demo: $(SETUP)  ## train a new concept on the small built-in model, draw it: demo/output/before_after.png; DEMO=sdxl on the small SDXL
+	$(BIN)/python demo/demo.py $(if $(DEMO),--model demo/model_$(DEMO) --output demo/output/$(DEMO))
 
 test: $(SETUP)  ## the test suite on the newest versions (constraints.txt), in two processes
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(PYTEST_ARGS)

@@ -22,6 +22,7 @@ TOOLS = {
     "compress": ["--output", "small"],
     "export": ["--to", "lora", "--output", "lora"],
     "info": [],
+    "evaluate": ["--photos", str(launch.ROOT / "demo/photos"), "--output", "scores"],
     "share": [],
 }
 READ_NO_WEIGHTS = {"memory"}

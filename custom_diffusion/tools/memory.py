@@ -1,7 +1,7 @@
 """Count the memory of a training step for a model and flags, without running it.
 
   custom-diffusion memory --model sd1 --train_batch_size 2 --with_prior_preservation --mixed_precision bf16
-  custom-diffusion memory --model stabilityai/stable-diffusion-xl-base-1.0 --mixed_precision bf16 --gradient_checkpointing
+  custom-diffusion memory --model path/to/my/model --mixed_precision bf16 --gradient_checkpointing
 
 Only the model's configuration is read, and every tensor is counted by its shape: no weights, no GPU. The flags are those of training.
 """
@@ -80,7 +80,7 @@ def memory(
     """The memory of a training step, in bytes, on tensors that have shapes and no values.
 
     Args:
-        model: folder, Hub id, or the size of a published model: sd1, sd2, sdxl. The others: as the flags of training.
+        model: folder, Hub id, or one of `published()`. The others: as the flags of training.
     Raises:
         InputError: the model's configuration cannot be read, or the resolution does not fit it.
     """
