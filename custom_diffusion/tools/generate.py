@@ -101,6 +101,7 @@ def generate(
     model: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    config_from: str | None = None,
 ) -> list[Path]:
     """Draw images and write each when it is done.
 
@@ -111,6 +112,7 @@ def generate(
         scale: between 0, the base model's weights, and 1, the trained ones, as in `load_custom_diffusion`.
         height, width: pixels. precision: "fp32", "fp16", "bf16", by default fp16 on a GPU and else fp32.
         model, revision, variant: the base model, by default the one that the weights name.
+        config_from: folder or Hub id that has the configuration and tokenizers of a base model in one file.
     Returns:
         The image files.
     Raises:
@@ -131,7 +133,7 @@ def generate(
         check_prompts("--negative_prompt", [negative_prompt or ""], list(weights.tokens))
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = dtypes[precision or ("fp16" if device.type == "cuda" else "fp32")]
-    pipe = load_pipeline(base_of({} if weights is None else weights.config, model, revision, variant), dtype)
+    pipe = load_pipeline(base_of({} if weights is None else weights.config, model, revision, variant, config_from), dtype)
     if weights is not None:
         try:
             load_custom_diffusion(pipe, weights, scale=scale)

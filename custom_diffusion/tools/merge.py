@@ -88,6 +88,7 @@ def merge(
     model: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    config_from: str | None = None,
 ) -> dict[str, LayerReport]:
     """Write one folder with several concepts.
 
@@ -97,6 +98,7 @@ def merge(
         captions: ordinary captions, which should not change: text files with one a line, or class folders; by default
             sentences made of the concepts' classes. max_captions: how many to use.
         model, revision, variant: the base model, by default the one that the weights name.
+        config_from: folder or Hub id that has the configuration and tokenizers of a base model in one file.
     Returns:
         How well each matrix was merged, by name.
     Raises:
@@ -117,7 +119,7 @@ def merge(
         f"concept {number}" if isinstance(part, ConceptWeights) else Path(part).name
         for number, part in enumerate(weights, start=1)
     ]
-    source = base_of(common_config(names, parts, model), model, revision, variant)
+    source = base_of(common_config(names, parts, model), model, revision, variant, config_from)
     for name, part in zip(names, parts):
         check_mergeable(name, part)
         unet = empty_unet_for(part, source)
@@ -277,9 +279,7 @@ def merged_config(
 ) -> dict:
     """The settings file of the merged folder."""
     return {
-        "base_model": source.path,
-        "revision": source.revision,
-        "variant": source.variant,
+        **source.recorded(),
         "freeze_model": "crossattn_kv",
         "modifier_tokens": [token for part in parts for token in part.tokens],
         "concepts": [concept for part in parts for concept in part.config["concepts"]],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from custom_diffusion.cli.tool_flags import cannot_be_hub_id
+from custom_diffusion.cli.base_model import cannot_be_hub_id
 from custom_diffusion.files import WEIGHTS_NAME
 
 # Flags whose values are places on the user's computer.
