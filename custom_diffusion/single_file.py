@@ -8,8 +8,10 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
+
+from custom_diffusion.families import SUPPORTED, closest_family, missing_parts, what_it_is
 
 SUFFIX = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -87,10 +89,16 @@ class SingleFile:
     @property
     def prediction_type(self) -> str | None:
         """"epsilon" or "v_prediction" where the file says so, as few do."""
-        if "v_pred" in self.shapes:  # an empty tensor of this name, by a convention of trainers
+        if "v_pred" in self.shapes:  # by a convention of trainers, like "ztsnr" an empty tensor
             return "v_prediction"
         said = self.metadata.get("modelspec.prediction_type") or self.metadata.get("modelspec.predict_key")
         return {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}.get(said)
+
+    @property
+    def schedule(self) -> dict:
+        """What it says of the schedule that it was trained with, by the names of a scheduler's configuration."""
+        said = {} if self.prediction_type is None else {"prediction_type": self.prediction_type}
+        return said | ({"rescale_betas_zero_snr": True} if "ztsnr" in self.shapes else {})
 
     @property
     def may_predict_velocities(self) -> bool:
@@ -98,7 +106,7 @@ class SingleFile:
         return any(name.startswith("cond_stage_model.model.") for name in self.parts.values())
 
     def identity(self) -> dict:
-        """What tells this file from others, for the settings of what is trained on it."""
+        """What tells this file from others, and its name, for the settings of what is trained on it."""
         return {"name": self.path.name, "size": self.size, "header_sha256": self.digest}
 
     def what_else(self) -> str | None:
@@ -117,8 +125,13 @@ class SingleFile:
         return None
 
 
-@lru_cache(maxsize=8)
-def _read(path, size, _modified):
+def read_header(path: Path) -> SingleFile:
+    """Read the header of a file; whatever is in it, no weight is read.
+
+    Raises:
+        OSError: the file cannot be read. ValueError: it is no safetensors file, or not a whole one.
+    """
+    size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(_LARGEST_HEADER, size - 8):
@@ -137,40 +150,37 @@ def _read(path, size, _modified):
     return SingleFile(path, shapes, dtypes, metadata, hashlib.sha256(header).hexdigest(), size)
 
 
-def read_header(path: str | Path) -> SingleFile:
-    """Read the header of a file; whatever is in it, no weight is read.
-
-    Raises:
-        OSError: the file cannot be read. ValueError: it is no safetensors file, or not a whole one.
-    """
-    path = Path(path).expanduser()
-    stat = path.stat()
-    return _read(path, stat.st_size, stat.st_mtime_ns)
-
-
 def is_single_file(model: str) -> bool:
     """Whether this names one file, there or not, rather than a folder or Hub id."""
     path = Path(model).expanduser()
     return path.is_file() or path.suffix.lower() in (SUFFIX, *PICKLES, ".gguf")
 
 
-def file_problem(model: str) -> str | None:
-    """What is wrong with a base model in one file, and what to do; None if nothing is, as far as its header shows."""
-    path = Path(model).expanduser()
+def model_in(path: str) -> SingleFile:
+    """The header of a base model in one file.
+
+    Raises:
+        ValueError: it is none, as far as its header shows; the message, which goes after the file's name, says what it is instead,
+            and what to do.
+    """
+    path = Path(path).expanduser()
     if not path.is_file():
-        return "is no file that is there; give the path of a .safetensors file, a folder or a Hub id"
+        raise ValueError("is no file that is there; give the path of a .safetensors file, a folder or a Hub id")
     if path.suffix.lower() in PICKLES:
-        return "is a pickle, which can run code when it is read, and so is not; convert it to .safetensors"
+        raise ValueError("is a pickle, which can run code when it is read, and so is not; convert it to .safetensors")
     if path.suffix.lower() != SUFFIX:
-        return "is a file, but no .safetensors; give one, or a folder in the diffusers layout, or a Hub id"
+        raise ValueError("is a file, but no .safetensors; give one, or a folder in the diffusers layout, or a Hub id")
     try:
         file = read_header(path)
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        raise ValueError(f"cannot be read ({error.strerror})") from None
     except ValueError as error:
-        return f"is damaged ({error}); download it again"
+        raise ValueError(f"is damaged ({error}); download it again") from None
     if what := file.what_else():
-        return f"is {what}; give a whole Stable Diffusion model"
+        raise ValueError(f"is {what}; {SUPPORTED}")
+    parts = file.parts | {"_class_name": "single file"}
+    if set(missing_parts(closest_family(parts), parts)) - {"vae"}:  # which another may stand for
+        raise ValueError(f"is {what_it_is(parts)}; {SUPPORTED}")
     if others := {dtype for name, dtype in file.dtypes.items() if name.startswith(UNET_PREFIX)} - _TRAINABLE:
-        return f"has weights in {', '.join(sorted(others))}, made smaller for drawing; give one in fp16, bf16 or fp32"
-    return None
+        raise ValueError(f"has weights in {', '.join(sorted(others))}, made smaller for drawing; give one in fp16 or fp32")
+    return file

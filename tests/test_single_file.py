@@ -2,14 +2,24 @@
 
 import json
 
+import launch
 import pytest
 import torch
 from original_layout import save_single_file
 from safetensors.torch import save_file
 
-from custom_diffusion.single_file import file_problem, read_header
+from custom_diffusion.families import SUPPORTED
+from custom_diffusion.single_file import model_in, read_header
+from custom_diffusion.weights.format import read_weights
 
 UNET = "model.diffusion_model."
+
+
+def file_problem(path):
+    try:
+        model_in(path)
+    except ValueError as error:
+        return str(error)
 
 
 def write(path, *names, dtype=torch.float32, metadata=None, **shapes):
@@ -46,7 +56,8 @@ def test_the_parts_of_a_model(text, expected, tmp_path):
     assert file.parts.keys() == {"unet", "vae"} | expected
     assert file.what_else() is None
     assert file.may_predict_velocities == (text == [OPEN_CLIP])
-    assert file_problem(str(file.path)) is None
+    problem = file_problem(str(file.path))
+    assert "the refiner of" in problem if text == [REFINER] else problem is None
 
 
 def test_a_model_without_a_vae_is_one_nonetheless(tmp_path):
@@ -79,15 +90,15 @@ def test_what_a_file_says_that_it_predicts(name, metadata, expected, tmp_path):
 OTHERS = {
     "a LoRA": ["lora_unet_down_blocks_1_attentions_0_proj_in.lora_up.weight"],
     "a LoRA;": ["unet.down_blocks.1.attentions.0.attn2.to_k.lora_A.weight", "double_blocks.0.img_attn.lora.up.weight"],
-    "a LoRA; give": ["lora_unet_x.hada_w1_a"],
+    "a LoRA; Stable": ["lora_unet_x.hada_w1_a"],
     "an IP-Adapter": ["image_proj.norm.weight", "ip_adapter.1.to_k_ip.weight"],
     "a ControlNet": ["input_hint_block.0.weight"],
     "a ControlNet;": ["control_model.input_blocks.0.0.weight", "cond_stage_model.transformer.text_model.x"],
-    "a ControlNet; give": ["controlnet_cond_embedding.conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"],
+    "a ControlNet; Stable": ["controlnet_cond_embedding.conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"],
     "an AnimateDiff motion module": ["down_blocks.0.motion_modules.0.temporal_transformer.proj_in.weight"],
     "a Flux model": ["double_blocks.0.img_attn.norm.key_norm.scale"],
     "a Flux model;": ["model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "text_encoders.clip_l.x"],
-    "a Flux model; give": ["transformer_blocks.0.attn.to_q.weight", "single_transformer_blocks.0.attn.to_q.weight"],
+    "a Flux model; Stable": ["transformer_blocks.0.attn.to_q.weight", "single_transformer_blocks.0.attn.to_q.weight"],
     "a Stable Diffusion 3 model": ["model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias"],
     "an AuraFlow model": ["model.double_layers.0.attn.w1q.weight"],
     "a PixArt or Sana model": ["blocks.0.cross_attn.kv_linear.weight"],
@@ -96,7 +107,7 @@ OTHERS = {
     "a Playground v2.5 model": [*TWO, "edm_mean", f"{UNET}input_blocks.0.0.weight"],
     "a textual-inversion embedding": ["emb_params"],
     "a textual-inversion embedding;": ["clip_l", "clip_g"],
-    "a textual-inversion embedding; give": ["<new1>"],
+    "a textual-inversion embedding; Stable": ["<new1>"],
     "trained weights of Custom Diffusion": ["mid_block.attentions.0.attn2.processor.to_k_custom_diffusion.weight"],
     "trained weights of Custom Diffusion,": ["mid_block.attentions.0.attn2.to_k.weight.up"],
     "a UNet without": ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.encoder.conv_in.weight"],
@@ -113,7 +124,7 @@ OTHERS = {
 @pytest.mark.parametrize(("expected", "names"), OTHERS.items(), ids=OTHERS)
 def test_files_that_are_something_else(expected, names, tmp_path):
     problem = file_problem(str(write(tmp_path / "x.safetensors", *names)))
-    assert problem.startswith(f"is {expected}") and "\n" not in problem
+    assert problem.startswith(f"is {expected}") and problem.endswith(f"; {SUPPORTED}") and "\n" not in problem
 
 
 @pytest.mark.parametrize(("channels", "what"), [(5, "a depth-to-image"), (7, "an upscaling"), (8, "an InstructPix2Pix")])
@@ -164,3 +175,39 @@ def test_what_tells_a_file_from_others(tmp_path):
     assert one.identity() | {"name": None} == moved.identity() | {"name": None}
     assert one.digest != other.digest and len(one.digest) == 64
     assert json.loads(json.dumps(one.identity())) == one.identity()
+
+
+# Trained on
+
+
+FEW_STEPS = {"max_train_steps": 3, "report_to": "none", "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def trained(run_arguments, tiny_xl_model, tmp_path_factory):
+    """family -> (folder, its copy in one file, trained on the folder, trained on the file)."""
+    made = {}
+
+    def train(family):
+        if family not in made:
+            model = {"sd": launch.ROOT / "demo" / "model", "sdxl": tiny_xl_model}[family]
+            folder = tmp_path_factory.mktemp(family)
+            file = save_single_file(model, folder / "one.safetensors")
+            arguments = run_arguments | FEW_STEPS | {"pretrained_model_name_or_path": model, "output_dir": folder / "apart"}
+            of_file = {"pretrained_model_name_or_path": file, "config_from": model, "output_dir": folder / "single"}
+            launch.run(launch.FORKED, arguments, folder / "apart.log").ok()
+            launch.run(launch.FORKED, arguments | of_file, folder / "single.log").ok()
+            made[family] = model, file, folder / "apart", folder / "single"
+        return made[family]
+
+    return train
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_file_trains_to_the_same_bits_as_its_folder(family, trained, trained_difference):
+    model, file, apart, single = trained(family)
+    assert trained_difference(apart, single) == 0
+    config = read_weights(single).config
+    assert config["base_model"] == str(file) and config["config_from"] == str(model)
+    assert config["base_file"] == read_header(file).identity()
+    assert read_weights(apart).config["base_file"] is None

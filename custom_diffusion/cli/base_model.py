@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from custom_diffusion.files import LORA_FILE, MODEL_INDEX, WEIGHTS_FILES
-from custom_diffusion.single_file import file_problem
+from custom_diffusion.single_file import model_in
 
 
 def single_file_problems(flag: str, model: str, args: argparse.Namespace) -> list[str]:
@@ -18,8 +18,10 @@ def single_file_problems(flag: str, model: str, args: argparse.Namespace) -> lis
         for name in ("revision", "variant")
         if getattr(args, name) is not None
     ]
-    if problem := file_problem(model):
-        problems.append(f"{flag}: '{model}' {problem}")
+    try:
+        model_in(model)
+    except ValueError as error:
+        problems.append(f"{flag}: '{model}' {error}")
     return problems + config_problems(args.config_from)
 
 

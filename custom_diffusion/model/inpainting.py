@@ -1,12 +1,14 @@
 """Models that paint the holes of an image (inpainting): how they are told, and drawn with from text alone."""
 
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from collections.abc import Mapping
+
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 
-def paints_holes(unet: UNet2DConditionModel) -> bool:
-    """Whether the UNet takes, beside noisy latents, a mask and the latents of an image without what is to be painted."""
-    return unet.config.in_channels == 2 * unet.config.out_channels + 1
+def paints_holes(unet: Mapping) -> bool:
+    """Whether the UNet of this configuration takes, beside noisy latents, a mask and the latents of an image without its hole."""
+    return unet["in_channels"] == 2 * unet["out_channels"] + 1
 
 
 def all_hole(pipe: DiffusionPipeline, height: int | None = None, width: int | None = None, count: int = 1) -> dict:
@@ -16,7 +18,7 @@ def all_hole(pipe: DiffusionPipeline, height: int | None = None, width: int | No
         height, width: pixels, by default the model's.
         count: how many images are drawn at once. Each gets an image of its own, so that it depends on its own generator alone.
     """
-    if not paints_holes(pipe.unet):
+    if not paints_holes(pipe.unet.config):
         return {}
     own = pipe.unet.config.sample_size * pipe.vae_scale_factor
     size = (width or own, height or own)

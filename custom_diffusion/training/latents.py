@@ -42,8 +42,9 @@ class LatentEncoder:
         """
         holes, noise = batch["holes"], batch["hole_noise"]
         mean, std = self.moments(batch["pixel_values"].masked_fill(holes, 0.0))
+        without = (mean + std * noise - self.shift) * self.scale
         factor = holes.shape[-1] // noise.shape[-1]
-        return torch.cat([holes[:, :, ::factor, ::factor].float(), (mean + std * noise) * self.scaling_factor], dim=1)
+        return torch.cat([holes[:, :, ::factor, ::factor].float(), without], dim=1)
 
     def moments(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the posterior, each (B, C, h, w) float32, of (B, 3, H, W) pixels."""
