@@ -88,7 +88,7 @@ class SingleFile:
 
     @property
     def prediction_type(self) -> str | None:
-        """"epsilon" or "v_prediction" where the file says so, as few do."""
+        """ "epsilon" or "v_prediction" where the file says so, as few do."""
         if "v_pred" in self.shapes:  # by a convention of trainers, like "ztsnr" an empty tensor
             return "v_prediction"
         said = self.metadata.get("modelspec.prediction_type") or self.metadata.get("modelspec.predict_key")
@@ -182,5 +182,7 @@ def model_in(path: str) -> SingleFile:
     if set(missing_parts(closest_family(parts), parts)) - {"vae"}:  # which another may stand for
         raise ValueError(f"is {what_it_is(parts)}; {SUPPORTED}")
     if others := {dtype for name, dtype in file.dtypes.items() if name.startswith(UNET_PREFIX)} - _TRAINABLE:
-        raise ValueError(f"has weights in {', '.join(sorted(others))}, made smaller for drawing; give one in fp16 or fp32")
+        raise ValueError(
+            f"has weights in {', '.join(sorted(others))}, made smaller for drawing; give one in fp16 or fp32"
+        )
     return file

@@ -39,7 +39,9 @@ def save_single_file(model: Path, file: Path, dtype: torch.dtype = torch.float32
     state = {name: tensor.to(dtype).contiguous() for name, tensor in state.items() if not name.startswith(without)}
     positions = "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"
     if positions in state:  # older programs save this buffer too
-        state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(len(state[positions]))[None]
+        state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(len(state[positions]))[
+            None
+        ]
     save_file(state, file, metadata={"format": "pt"} | (metadata or {}))
     return file
 
@@ -63,7 +65,9 @@ def unet_state(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
             number += 1
         upsampler = 2 if hasattr(block, "attentions") else 1
         places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{number - 1}.{upsampler}.conv"
-    return {"model.diffusion_model." + renamed(name, places, RESNET): tensor for name, tensor in unet.state_dict().items()}
+    return {
+        "model.diffusion_model." + renamed(name, places, RESNET): tensor for name, tensor in unet.state_dict().items()
+    }
 
 
 def vae_state(vae: AutoencoderKL) -> dict[str, torch.Tensor]:
@@ -116,8 +120,15 @@ def open_clip_state(encoder, prefix: str) -> dict[str, torch.Tensor]:
     for i in range(encoder.config.num_hidden_layers):
         layer, block = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
         for kind in ("weight", "bias"):
-            state[f"{block}.attn.in_proj_{kind}"] = torch.cat([mine[f"{layer}.self_attn.{x}_proj.{kind}"] for x in "qkv"])
+            state[f"{block}.attn.in_proj_{kind}"] = torch.cat(
+                [mine[f"{layer}.self_attn.{x}_proj.{kind}"] for x in "qkv"]
+            )
             state[f"{block}.attn.out_proj.{kind}"] = mine[f"{layer}.self_attn.out_proj.{kind}"]
-            for ours, theirs in {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}.items():
+            for ours, theirs in {
+                "layer_norm1": "ln_1",
+                "layer_norm2": "ln_2",
+                "mlp.fc1": "mlp.c_fc",
+                "mlp.fc2": "mlp.c_proj",
+            }.items():
                 state[f"{block}.{theirs}.{kind}"] = mine[f"{layer}.{ours}.{kind}"]
     return {prefix + name: tensor for name, tensor in state.items()}

@@ -62,7 +62,10 @@ def samples(tmp_path_factory):
     data = tmp_path_factory.mktemp("inpainting")
     photos = [(path, "a <new1> cat") for path in sorted(make_pictures(data / "photos", 3).iterdir())]
     class_images = [(path, "a cat") for path in sorted((make_class_folder(data / "class", 2) / "images").iterdir())]
-    return {inpainting: TrainingSamples(photos, class_images, replace(HOLES, inpainting=inpainting)) for inpainting in (True, False)}
+    return {
+        inpainting: TrainingSamples(photos, class_images, replace(HOLES, inpainting=inpainting))
+        for inpainting in (True, False)
+    }
 
 
 def test_a_hole_follows_from_the_seed_and_the_position(samples):
@@ -86,5 +89,7 @@ def test_a_batch_keeps_holes_beside_their_images(samples):
     apart = [samples[True][position, True] for position in plan]
     batch = collate(apart)
     for name in ("holes", "hole_noise", "pixel_values"):
-        assert torch.equal(batch[name], torch.stack([apart[0][name][0], apart[1][name][0], apart[0][name][1], apart[1][name][1]]))
+        assert torch.equal(
+            batch[name], torch.stack([apart[0][name][0], apart[1][name][0], apart[0][name][1], apart[1][name][1]])
+        )
     assert "holes" not in collate([samples[False][position, True] for position in plan])

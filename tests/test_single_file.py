@@ -25,7 +25,9 @@ def file_problem(path):
 def write(path, *names, dtype=torch.float32, metadata=None, **shapes):
     """A file with tensors of these names, of one value each or of a shape."""
     tensors = {name: torch.zeros(1, dtype=dtype) for name in names}
-    save_file(tensors | {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}, path, metadata=metadata)
+    save_file(
+        tensors | {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}, path, metadata=metadata
+    )
     return path
 
 
@@ -127,7 +129,9 @@ def test_files_that_are_something_else(expected, names, tmp_path):
     assert problem.startswith(f"is {expected}") and problem.endswith(f"; {SUPPORTED}") and "\n" not in problem
 
 
-@pytest.mark.parametrize(("channels", "what"), [(5, "a depth-to-image"), (7, "an upscaling"), (8, "an InstructPix2Pix")])
+@pytest.mark.parametrize(
+    ("channels", "what"), [(5, "a depth-to-image"), (7, "an upscaling"), (8, "an InstructPix2Pix")]
+)
 def test_models_with_other_inputs(channels, what, tmp_path):
     names, shapes = parts(channels)
     problem = file_problem(str(write(tmp_path / "x.safetensors", *names, **shapes)))
@@ -193,7 +197,9 @@ def trained(run_arguments, tiny_xl_model, tmp_path_factory):
             model = {"sd": launch.ROOT / "demo" / "model", "sdxl": tiny_xl_model}[family]
             folder = tmp_path_factory.mktemp(family)
             file = save_single_file(model, folder / "one.safetensors")
-            arguments = run_arguments | FEW_STEPS | {"pretrained_model_name_or_path": model, "output_dir": folder / "apart"}
+            arguments = (
+                run_arguments | FEW_STEPS | {"pretrained_model_name_or_path": model, "output_dir": folder / "apart"}
+            )
             of_file = {"pretrained_model_name_or_path": file, "config_from": model, "output_dir": folder / "single"}
             launch.run(launch.FORKED, arguments, folder / "apart.log").ok()
             launch.run(launch.FORKED, arguments | of_file, folder / "single.log").ok()

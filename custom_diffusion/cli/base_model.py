@@ -38,7 +38,9 @@ def config_problems(config_from: str | None) -> list[str]:
         return []
     folder = Path(config_from)
     if folder.is_dir() and not (folder / MODEL_INDEX).is_file():
-        return [f"--config_from: '{config_from}' has no {MODEL_INDEX}; give a folder in the diffusers layout or a Hub id"]
+        return [
+            f"--config_from: '{config_from}' has no {MODEL_INDEX}; give a folder in the diffusers layout or a Hub id"
+        ]
     if not folder.is_dir() and cannot_be_hub_id(config_from):
         return [f"--config_from: folder '{config_from}' does not exist; give one with {MODEL_INDEX} or a Hub id"]
     return []

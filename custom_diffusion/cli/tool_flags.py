@@ -98,7 +98,9 @@ def model_problems(args: argparse.Namespace) -> list[str]:
     problems, folder = needless_config_problems("--model", args.model, args), Path(args.model)
     if folder.is_dir() and not (folder / MODEL_INDEX).is_file():
         what = what_folder_is(folder)
-        reason = f"has no {MODEL_INDEX}; give a model in the diffusers layout" if what is None else f"is {what}; {SUPPORTED}"
+        reason = (
+            f"has no {MODEL_INDEX}; give a model in the diffusers layout" if what is None else f"is {what}; {SUPPORTED}"
+        )
         problems.append(f"--model: '{args.model}' {reason}")
     elif not folder.is_dir() and cannot_be_hub_id(args.model):
         problems.append(f"--model: folder '{args.model}' does not exist; give a folder with {MODEL_INDEX} or a Hub id")

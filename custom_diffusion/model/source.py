@@ -139,7 +139,9 @@ def _config_of(config):
     """What the weights' single file was described by, if it can be had."""
     described_by = config.get("config_from")
     if described_by and Path(described_by).is_absolute() and not Path(described_by).is_dir():
-        warn(f"the configuration was taken from '{described_by}', which is not there; that of the file's family is used")
+        warn(
+            f"the configuration was taken from '{described_by}', which is not there; that of the file's family is used"
+        )
         return None
     return described_by
 
@@ -220,7 +222,9 @@ def check_model(source: ModelSource) -> tuple[ModelShape, DDPMScheduler]:
     place, read = config.path, {"revision": config.revision}
     with config.reading(NOT_DIFFUSERS):
         scheduler = DDPMScheduler.from_pretrained(place, subfolder="scheduler", **read, **source.schedule)
-        widths = [AutoConfig.from_pretrained(place, subfolder=text.encoder, **read).hidden_size for text in family.texts]
+        widths = [
+            AutoConfig.from_pretrained(place, subfolder=text.encoder, **read).hidden_size for text in family.texts
+        ]
         # As the files have them: what a library adds to them differs from version to version.
         text_files = [
             PretrainedConfig.get_config_dict(place, subfolder=text.encoder, **read)[0] for text in family.texts
@@ -293,7 +297,9 @@ def _single_file_problems(source, unet):
     try:
         check_unet(file, unet)
     except ValueError as error:
-        problems.append(f"{CONFIG_FLAG}: '{source.described_by.path}' describes another model than '{source.path}' ({error})")
+        problems.append(
+            f"{CONFIG_FLAG}: '{source.described_by.path}' describes another model than '{source.path}' ({error})"
+        )
     if "vae" not in file.parts and source.vae is None:
         problems.append(f"{VAE_FLAG}: '{source.path}' has no VAE; name one that belongs to it")
     if file.may_predict_velocities and "prediction_type" not in source.schedule and source.config_from is None:

@@ -67,4 +67,8 @@ def _base(config):
     if not config.get("base_model"):
         return "not recorded"
     extra = [f"{name} {config[name]}" for name in ("revision", "variant") if config.get(name)]
+    if file := config.get("base_file"):
+        extra += [f"{file['size']:,} bytes", f"SHA-256 of its header {file['header_sha256']}"]
+    if config.get("inpainting"):
+        extra.append("inpainting")
     return " ".join([config["base_model"], *(f"({e})" for e in extra)])

@@ -172,13 +172,21 @@ def make_constraints(tokenizer, text_encoder, captions: list[str], words: list):
 
 def common_config(names: list[str], parts: list[ConceptWeights], model: str | None) -> dict:
     """The settings that name the base model. Raises InputError if the parts have different ones and no model is given."""
-    bases = [(p.config.get("base_model"), p.config.get("revision")) for p in parts]
+    bases = [_base(part.config) for part in parts]
     if model is None and len(set(bases)) > 1:
         models = ", ".join(f"'{name}' on {base}" for name, (base, _) in zip(names, bases))
         raise InputError(
             f"weights: trained on different models ({models}); if they are one model, name it with --model"
         )
     return parts[0].config
+
+
+def _base(config):
+    """What must be the same of all parts. A single file may have moved, or have another name."""
+    file = config.get("base_file")
+    if file:
+        return f"a file of {file['size']:,} bytes, header {file['header_sha256'][:12]}", None
+    return config.get("base_model"), config.get("revision")
 
 
 def check_mergeable(path: str, part: ConceptWeights) -> None:
@@ -280,6 +288,7 @@ def merged_config(
     """The settings file of the merged folder."""
     return {
         **source.recorded(),
+        **{name: parts[0].config[name] for name in ("family", "inpainting") if name in parts[0].config},
         "freeze_model": "crossattn_kv",
         "modifier_tokens": [token for part in parts for token in part.tokens],
         "concepts": [concept for part in parts for concept in part.config["concepts"]],

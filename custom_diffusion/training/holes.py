@@ -3,7 +3,9 @@
 import numpy as np
 import torch
 
-WHOLE_IMAGE = 0.25  # share of the samples in which everything is to be painted, as when such a model is drawn from text alone
+WHOLE_IMAGE = (
+    0.25  # share of the samples in which everything is to be painted, as when such a model is drawn from text alone
+)
 
 
 def draw_hole(rng: np.random.Generator, size: int) -> torch.Tensor:

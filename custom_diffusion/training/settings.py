@@ -144,11 +144,14 @@ def _flags_that_keep(samples_per_step, now):
     return f"to keep it, use --train_batch_size {batch_size} --gradient_accumulation_steps {share // batch_size}"
 
 
-def weights_config(settings: dict, step: int, validation_prompt: str | None, family: str) -> dict:
+def weights_config(
+    settings: dict, step: int, validation_prompt: str | None, family: str, *, inpainting: bool = False
+) -> dict:
     """The settings file of a trained folder, which the tools read. It names no photo: it is made to be handed on.
 
     Args:
         family: `Family.name`.
+        inpainting: the base model is one.
     """
     concepts = [
         {name: value for name, value in concept.items() if name != "photos"} | {"num_photos": len(concept["photos"])}
@@ -161,13 +164,12 @@ def weights_config(settings: dict, step: int, validation_prompt: str | None, fam
         "config_from": wherever_called_from(settings["config_from"]),
         "base_file": settings["base_file"],
         "family": family,
+        "inpainting": inpainting,
         "freeze_model": settings["freeze_model"],
         "modifier_tokens": settings["modifier_tokens"],
         "concepts": concepts,
         "steps": step,
         "validation_prompt": validation_prompt,
-        "settings": settings
-        | {"concepts": concepts}
-        | {name: wherever_called_from(settings[name]) for name in PLACES},
+        "settings": settings | {"concepts": concepts} | {name: wherever_called_from(settings[name]) for name in PLACES},
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
     }
