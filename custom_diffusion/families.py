@@ -42,8 +42,8 @@ class Family:
         resolution: side of the images that it was made for, in pixels; what `--resolution` is where it is not given.
         vae_overflows: in fp16, unless the VAE's configuration says `force_upcast: false`.
         text_to_image, inpainting: its pipelines' class names in diffusers.
-        pipeline_options: of these pipelines, for drawing with modules that are in memory; the model's own values win.
-        no_checker: options that leave a safety checker out.
+        pipeline_options: with which a pipeline is made of modules in memory: without a safety checker or watermark.
+        options_of_model: which options the model's index gives.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Family:
     text_to_image: str
     inpainting: str
     pipeline_options: Mapping[str, object] = field(default_factory=dict)
-    no_checker: Mapping[str, object] = field(default_factory=dict)
+    options_of_model: tuple[str, ...] = ()
 
     @property
     def pools(self) -> bool:
@@ -101,7 +101,6 @@ STABLE_DIFFUSION = Family(
     text_to_image="StableDiffusionPipeline",
     inpainting="StableDiffusionInpaintPipeline",
     pipeline_options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
-    no_checker={"safety_checker": None},
 )
 STABLE_DIFFUSION_XL = Family(
     name="Stable Diffusion XL",
@@ -115,7 +114,8 @@ STABLE_DIFFUSION_XL = Family(
     vae_overflows=True,
     text_to_image="StableDiffusionXLPipeline",
     inpainting="StableDiffusionXLInpaintPipeline",
-    pipeline_options={"force_zeros_for_empty_prompt": True, "add_watermarker": False},
+    pipeline_options={"add_watermarker": False},
+    options_of_model=("force_zeros_for_empty_prompt",),
 )
 FAMILIES = (STABLE_DIFFUSION_XL, STABLE_DIFFUSION)  # those with more parts first
 # Number of text encoders -> the keys under which a new word's file holds its row for each.

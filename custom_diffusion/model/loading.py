@@ -192,8 +192,8 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype, *, safety_checker: bo
         parts["vae"] = load_vae(source, dtype, cpu)
     if source.file is not None:
         parts["unet"] = load_unet(source, dtype, cpu).to(dtype)
-    if not safety_checker or source.file is not None:
-        parts |= family.no_checker
+    if not safety_checker and "safety_checker" in family.pipeline_options:
+        parts["safety_checker"] = None
     with source.reading(NOT_A_MODEL), warnings.catch_warnings():
         # `dtype`, which newer versions of diffusers ask for instead, is unknown to the older ones.
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)

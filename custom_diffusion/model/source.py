@@ -252,7 +252,7 @@ def check_model(source: ModelSource) -> tuple[ModelShape, DDPMScheduler]:
         vae_factor=_factor(vae),
         latent_channels=vae["latent_channels"],
         configuration=_digest(unet, own_vae, *text_files, scheduler_file),
-        pipeline_options={name: index.get(name, value) for name, value in family.pipeline_options.items()},
+        pipeline_options={**family.pipeline_options, **{n: index[n] for n in family.options_of_model if n in index}},
         base_file=source.recorded()["base_file"],
     )
     return shape, scheduler

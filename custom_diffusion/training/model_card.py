@@ -13,7 +13,9 @@ from custom_diffusion.single_file import is_single_file
 
 # Flags whose values are places on the user's computer.
 PATH_FLAGS = ("instance_data_dir", "class_data_dir", "concepts_list", "output_dir", "logging_dir", "tokenizer_name",
-              "pretrained_model_name_or_path", "config_from", "resume_from_checkpoint")  # fmt: skip
+              "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "config_from",
+              "resume_from_checkpoint")  # fmt: skip
+MODEL_FLAGS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "config_from")
 
 
 def is_local(model: str | None) -> bool:
@@ -187,6 +189,6 @@ def _full_name(flag):
 
 
 def _public_value(name, value):
-    if name == "pretrained_model_name_or_path" and not is_local(value):
+    if name in MODEL_FLAGS and not is_local(value):
         return value
     return name.upper() if name in PATH_FLAGS else value
