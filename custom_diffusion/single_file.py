@@ -73,12 +73,12 @@ class SingleFile:
 
     @cached_property
     def parts(self) -> dict[str, str]:
-        """Which parts of a pipeline it holds, as `model_index.json` would list them, each with a name found in the file."""
+        """Which parts of a pipeline it holds, as `model_index.json` would list them, and what their weights' names begin with."""
         found = {}
         for name in self.shapes:
             for prefix, parts in _PARTS.items():
                 if name.startswith(prefix):
-                    found |= {part: name for part in parts if part not in found}
+                    found |= dict.fromkeys(parts, prefix)
         return found
 
     @property
@@ -103,7 +103,7 @@ class SingleFile:
     @property
     def may_predict_velocities(self) -> bool:
         """Whether models of its kind come in both: those with OpenCLIP as only text encoder (2.x)."""
-        return any(name.startswith("cond_stage_model.model.") for name in self.parts.values())
+        return self.parts.get("text_encoder") == "cond_stage_model.model."
 
     def identity(self) -> dict:
         """What tells this file from others, and its name, for the settings of what is trained on it."""

@@ -15,7 +15,7 @@ from custom_diffusion.errors import InputError, first_line
 from custom_diffusion.families import STABLE_DIFFUSION, Family, TextPart
 from custom_diffusion.files import MODEL_INDEX
 from custom_diffusion.model.inpainting import paints_holes
-from custom_diffusion.model.original_layout import text_encoder_from, unet_from, unet_tensors, vae_from
+from custom_diffusion.model.original_layout import text_encoder_tensors, unet_from, unet_tensors, vae_from
 from custom_diffusion.model.source import (
     VAE_FLAG,
     ModelSource,
@@ -77,17 +77,16 @@ def load_text_encoder(source: ModelSource, device: torch.device, part: TextPart 
     Raises:
         InputError: it cannot be loaded, or lacks weights: transformers would only warn of that, and leave them random.
     """
+    encoder_class, config = getattr(transformers, part.class_name), source.described_by
+    place = {"subfolder": part.encoder, "revision": config.revision}
     with source.reading(NO_WEIGHTS):
-        if source.file is not None:
-            config = source.described_by
-            return text_encoder_from(source.file.path, config.path, part.class_name, part.encoder).to(device)
-        text_encoder, report = getattr(transformers, part.class_name).from_pretrained(
-            source.path,
-            subfolder=part.encoder,
-            revision=source.revision,
-            variant=source.variant,
-            device_map=straight_to(device),
-            output_loading_info=True,
+        if source.file is None:
+            options = place | {"variant": source.variant, "device_map": straight_to(device)}
+        else:
+            own = encoder_class.config_class.from_pretrained(config.path, **place)
+            options = {"config": own, "state_dict": text_encoder_tensors(source.file, part.encoder, own)}
+        text_encoder, report = encoder_class.from_pretrained(
+            source.path if source.file is None else None, output_loading_info=True, **options
         )
         if missing := report["missing_keys"]:
             raise ValueError(
@@ -95,17 +94,14 @@ def load_text_encoder(source: ModelSource, device: torch.device, part: TextPart 
                 "saved by transformers 5.6 or newer may need it to be read: pip install --upgrade transformers"
             )
     # Not by an argument: older versions of transformers call it `torch_dtype`, newer ones `dtype`.
-    return text_encoder.float().eval()
+    return text_encoder.float().to(device).eval()
 
 
 def load_unet(source: ModelSource, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
     """In `dtype`, but for the cross-attention, which training may start from and which stays float32."""
     if source.file is not None:
-        config = read_unet_config(source)
-        with source.reading(NO_WEIGHTS):
-            full = _UNetWithFullCrossAttention.keeps_full
-            unet = unet_from(source.file.path, config, device, lambda name: torch.float32 if full(name) else dtype)
-        return lay_out(unet)
+        full = _UNetWithFullCrossAttention.keeps_full
+        return lay_out(_unet_from_file(source, device, lambda name: torch.float32 if full(name) else dtype))
     with source.reading(NO_WEIGHTS):
         unet = _UNetWithFullCrossAttention.from_pretrained(
             source.path,
@@ -116,6 +112,12 @@ def load_unet(source: ModelSource, dtype: torch.dtype, device: torch.device) -> 
             device_map=straight_to(device),
         )
     return lay_out(unet)
+
+
+def _unet_from_file(source, device, dtype_of):
+    config = read_unet_config(source)
+    with source.reading(NO_WEIGHTS):
+        return unet_from(source.file.path, config, device, dtype_of)
 
 
 class _UNetWithFullCrossAttention(UNet2DConditionModel):
@@ -191,7 +193,7 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype, *, safety_checker: bo
     if source.vae is not None or source.file is not None:
         parts["vae"] = load_vae(source, dtype, cpu)
     if source.file is not None:
-        parts["unet"] = load_unet(source, dtype, cpu).to(dtype)
+        parts["unet"] = _unet_from_file(source, cpu, lambda _: dtype)
     if not safety_checker and "safety_checker" in family.pipeline_options:
         parts["safety_checker"] = None
     with source.reading(NOT_A_MODEL), warnings.catch_warnings():

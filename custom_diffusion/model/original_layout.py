@@ -6,20 +6,20 @@ known here of that layout is diffusers' own conversion, and nothing else needs i
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-import transformers
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
-    create_diffusers_clip_model_from_ldm,
+    convert_open_clip_checkpoint,
     fetch_diffusers_config,
 )
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig
 
 from custom_diffusion.single_file import UNET_PREFIX, SingleFile
 
@@ -88,26 +88,18 @@ def _wanted(module: nn.Module, tensors: dict) -> dict[str, torch.Tensor]:
     return {name: tensors[name] for name in shapes}
 
 
-def text_encoder_from(path: Path, configuration: str, class_name: str, subfolder: str) -> PreTrainedModel:
-    """A text encoder, in float32 on the CPU.
+def text_encoder_tensors(file: SingleFile, part: str, config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """A text encoder's parameters as the file has them, by transformers' names.
 
     Args:
-        configuration: folder or Hub id of the model in the diffusers layout that has its configuration.
-        class_name, subfolder: what it is in transformers, and there.
-    Raises:
-        ValueError: the file lacks a parameter, or the installed diffusers cannot read it with the installed transformers.
+        part: "text_encoder" or another of `file.parts`. config: the text encoder's.
     """
-    encoder_class = getattr(transformers, class_name)
-    try:
-        encoder = create_diffusers_clip_model_from_ldm(
-            encoder_class, load_file(path), subfolder=subfolder, config=configuration
-        )
-    except AttributeError as error:
-        if "text_model" not in str(error):
-            raise
-        raise ValueError(
-            "transformers 5.6 or newer needs diffusers 0.39 or newer to read single files: pip install --upgrade diffusers"
-        ) from None
-    if missing := [name for name, parameter in encoder.named_parameters() if parameter.is_meta]:
-        raise ValueError(f"{len(missing)} weights of its {class_name} are missing, {min(missing)} first")
-    return encoder
+    prefix = file.parts[part]
+    own = {name: tensor for name, tensor in load_file(file.path).items() if name.startswith(prefix)}
+    if prefix.endswith("text_model."):
+        return {
+            f"text_model.{name.removeprefix(prefix)}": tensor
+            for name, tensor in own.items()
+            if not name.endswith("position_ids")  # a buffer that older programs save
+        }
+    return convert_open_clip_checkpoint(SimpleNamespace(config=config), own, prefix=prefix)

@@ -54,7 +54,7 @@ def run_settings(
     samples_per_step: int,
     model_configuration: str,
     resolution: int,
-    base_file: dict | None,
+    base_file: dict | None = None,
 ) -> dict:
     """Everything that the course of the run depends on, as plain JSON values.
 
