@@ -18,7 +18,8 @@ from custom_diffusion.errors import InputError
 from custom_diffusion.images import find_images
 from custom_diffusion.model.inpainting import all_hole, paints_holes
 from custom_diffusion.model.loading import load_pipeline, load_vae
-from custom_diffusion.model.source import ModelSource, check_model.training.holes import draw_hole
+from custom_diffusion.model.source import ModelSource, check_model
+from custom_diffusion.training.holes import draw_hole
 from custom_diffusion.training.latents import LatentEncoder
 from custom_diffusion.training.model_card import model_card
 from custom_diffusion.training.samples import BatchPlan, TrainingSamples, collate
@@ -145,7 +146,10 @@ def test_what_the_unet_is_given_is_what_the_pipeline_gives_it(models):
     noise = torch.zeros(1, 4, 16, 16)
     given = LatentEncoder(pipe.vae, None).without_holes({"pixel_values": image, "holes": hole, "hole_noise": noise})
     seen = []
-    pipe.unet.forward, forward = (lambda sample, *args, **kwargs: seen.append(sample) or forward(sample, *args, **kwargs)), pipe.unet.forward
+    pipe.unet.forward, forward = (
+        (lambda sample, *args, **kwargs: seen.append(sample) or forward(sample, *args, **kwargs)),
+        pipe.unet.forward,
+    )
     pipe.set_progress_bar_config(disable=True)
     mean = pipe.vae.encode(image.masked_fill(hole, 0)).latent_dist.mean * pipe.vae.config.scaling_factor
     pipe("a cat", image=image, mask_image=hole.float(), height=64, width=64, num_inference_steps=1, guidance_scale=1.0,
@@ -207,7 +211,11 @@ def test_a_run_on_an_inpainting_model(family, models, trained):
 def test_an_interrupted_run_goes_on_with_the_same_holes(trained, trained_difference, tmp_path):
     folder, arguments = trained("sd")
     shutil.copytree(folder / "checkpoint-1", tmp_path / "out" / "checkpoint-1")
-    arguments = arguments | {"output_dir": tmp_path / "out", "resume_from_checkpoint": "latest", "validation_prompt": None}
+    arguments = arguments | {
+        "output_dir": tmp_path / "out",
+        "resume_from_checkpoint": "latest",
+        "validation_prompt": None,
+    }
     launch.run(launch.FORKED, arguments, tmp_path / "log").ok()
     assert trained_difference(folder, tmp_path / "out") == 0
 
@@ -226,8 +234,12 @@ def test_an_image_of_the_class_depends_on_its_number_alone(models):
 
 def test_latents_of_holes_are_not_cached(trained, tmp_path):
     _, arguments = trained("sd")
-    refused = launch.run(launch.FORKED, arguments | {"cache_latents": True, "output_dir": tmp_path / "out"}, tmp_path / "log")
-    assert refused.status == 2 and refused.messages[0].startswith("--cache_latents: an inpainting model sees another hole")
+    refused = launch.run(
+        launch.FORKED, arguments | {"cache_latents": True, "output_dir": tmp_path / "out"}, tmp_path / "log"
+    )
+    assert refused.status == 2 and refused.messages[0].startswith(
+        "--cache_latents: an inpainting model sees another hole"
+    )
 
 
 @pytest.fixture
@@ -258,7 +270,7 @@ def test_generate_paints_into_no_image_with_another_model(tiny_model, photo_and_
 
 def test_an_image_that_cannot_be_read(models, photo_and_mask, tmp_path):
     (tmp_path / "mask.png").write_text("<html>")
-    with pytest.raises(InputError, match="--mask: '.*mask.png' cannot be read as an image"):
+    with pytest.raises(InputError, match=r"--mask: '.*mask.png' cannot be read as an image"):
         generate(None, "a cat", model=str(models["sd"][0]), image=photo_and_mask[0], mask=photo_and_mask[1],
                  output=tmp_path / "x.png")  # fmt: skip
 
@@ -272,11 +284,16 @@ def test_weights_of_a_text_to_image_model_fit_and_the_other_way_round(models, ti
 
 @pytest.mark.parametrize(
     ("family", "pipeline"),
-    [("Stable Diffusion", "StableDiffusionInpaintPipeline"), ("Stable Diffusion XL", "StableDiffusionXLInpaintPipeline")],
+    [
+        ("Stable Diffusion", "StableDiffusionInpaintPipeline"),
+        ("Stable Diffusion XL", "StableDiffusionXLInpaintPipeline"),
+    ],
 )
 def test_the_card_of_an_inpainting_model(family, pipeline):
     config = {"base_model": "me/base", "family": family, "inpainting": True, "modifier_tokens": ["<new1>"]}
     card = model_card("me/cat", config, [])
     assert card.data.pipeline_tag == "image-to-image"
-    assert f"from diffusers import {pipeline}" in str(card) and f"pipe = {pipeline}.from_pretrained('me/base'" in str(card)
+    assert f"from diffusers import {pipeline}" in str(card) and f"pipe = {pipeline}.from_pretrained('me/base'" in str(
+        card
+    )
     assert "mask_image=load_image(" in str(card)
