@@ -61,6 +61,14 @@ def test_nothing_below_imports_the_scripts():
             assert modules.isdisjoint(names), path
 
 
+def test_families_are_told_apart_in_one_file():
+    """No other asks whether a model is an SDXL one; the flags' help may speak of it."""
+    allowed = {"families.py", "training_flags.py"}
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / script for script in SCRIPTS)]:
+        found = re.search(r"(?i)(?<![a-z])(sd)?xl(?![a-z])", path.read_text(encoding="utf-8"))
+        assert found is None or path.name in allowed, f"{path}: {found}"
+
+
 def test_file_names_are_written_once():
     """The names of the trained folder's and the checkpoints' files stand in `files.py` alone."""
     names = ["pytorch_custom_diffusion_weights", "custom_diffusion_deltas", "custom_diffusion_config.json",

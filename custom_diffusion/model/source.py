@@ -114,7 +114,10 @@ def base_of(
         InputError: neither says which it is, or what the settings name is gone, or is another file now.
     """
     settings = config.get("settings", {})
-    trained_as = {"vae": _vae_of(settings), "prediction_type": settings.get("prediction_type")}
+    trained_as = {
+        "vae": settings.get("pretrained_vae_model_name_or_path"),
+        "prediction_type": settings.get("prediction_type"),
+    }
     if model is not None:
         if is_single_file(model):
             trained_as["config_from"] = config_from or _config_of(config)
@@ -158,15 +161,6 @@ def _check_file(config, source):
     if not source.asked:
         raise InputError(f"--model: {line}; say where that one is now")
     warn(line)
-
-
-def _vae_of(settings):
-    """The VAE that the weights were trained with, if it was another than the model's and can be had."""
-    vae = settings.get("pretrained_vae_model_name_or_path")
-    if vae and Path(vae).is_absolute() and not Path(vae).is_dir():
-        warn(f"the weights were trained with the VAE '{vae}', which is not there; the model's own is used")
-        return None
-    return vae
 
 
 @dataclass(frozen=True)
