@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.complete
 OLDEST := .venv-oldest/bin
 # What must work on every version that requirements.txt admits.
-CORE := $(wildcard $(addprefix tests/test_,weights.py run.py checkpoints.py resuming.py export.py objective.py retrieve*.py hub.py versions.py))
+CORE := $(wildcard $(addprefix tests/test_,weights.py run.py checkpoints.py resuming.py export.py objective.py retrieve*.py hub.py versions.py single_file.py))
 PYTEST := -m pytest -n 2 --dist loadfile
 
 .PHONY: demo test test-oldest matrix resolve style bench mutants clean

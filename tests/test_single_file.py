@@ -8,6 +8,7 @@ import launch
 import numpy as np
 import pytest
 import torch
+from hub_server import HubServer
 from original_layout import save_single_file
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -500,6 +501,30 @@ def test_a_run_is_not_resumed_on_another_file(trained, run_arguments, tmp_path):
     refused = launch.run(launch.FORKED, arguments | again, tmp_path / "log")
     assert refused.status == 2
     assert "its model was another file ('demo.safetensors', " in refused.messages[0]
+
+
+def test_the_configuration_comes_from_the_familys_repository(models, run_arguments, tmp_path):
+    """A few small files of it, and no weights."""
+    folder, file = models["1.x"]
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    arguments = run_arguments | FEW_STEPS | {"pretrained_model_name_or_path": file, "output_dir": tmp_path / "out"}
+    drawn = {
+        "validation_prompt": "a <new1> cat",
+        "num_validation_images": 1,
+        "real_prior": False,
+        "num_class_images": 1,
+    }
+    with HubServer() as hub:
+        hub.repositories["stable-diffusion-v1-5/stable-diffusion-v1-5"] = files
+        environment = hub.environment(tmp_path / "cache", token=None) | {"HF_HUB_OFFLINE": "0"}
+        arguments |= drawn | {"max_train_steps": 1, "class_data_dir": tmp_path / "class"}
+        launch.run(launch.PLAIN, arguments, tmp_path / "log", environment).ok()
+        got = {path.partition("/resolve/")[2].partition("/")[2] for method, path in hub.requests if method == "GET"}
+    assert "unet/config.json" in got and "tokenizer/vocab.json" in got
+    assert not any(path.endswith((".safetensors", ".bin")) for path in got), got
+    config = read_weights(tmp_path / "out").config
+    assert config["config_from"] is None and config["base_file"] == read_header(file).identity()
+    assert (tmp_path / "out" / "samples" / "final-0.png").is_file()
 
 
 def test_what_is_handed_on_names_no_place(trained):

@@ -43,8 +43,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--num_images", type=int, default=1, help="images per prompt (default: %(default)s)")
     add("--num_inference_steps", type=int, default=50, help="denoising steps (default: %(default)s)")
     add("--guidance_scale", type=float, default=6.0, help="how strongly to follow the prompt (default: %(default)s)")
-    add("--height", type=int, help="in pixels (default: the model's)")
-    add("--width", type=int, help="in pixels (default: the model's)")
+    add("--height", type=int, help="in pixels (default: the model's, or that of --image)")
+    add("--width", type=int, help="in pixels (default: the model's, or that of --image)")
     add("--seed", type=int, default=42, help="the i-th image of a prompt has seed + i (default: %(default)s)")
     add("--precision", choices=["fp32", "fp16", "bf16"], help="default: fp16 on a GPU, else fp32")
 
