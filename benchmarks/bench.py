@@ -2,8 +2,9 @@
 
     python benchmarks/bench.py --peer path/to/train_custom_diffusion.py --resolution 256
     python benchmarks/bench.py --peer path/to/train_custom_diffusion.py --resolution 512 --batch_size 2 --mixed_precision bf16
+    python benchmarks/bench.py --peer path/to/train_dreambooth_lora_sdxl.py --size sdxl --mixed_precision bf16 --steps 4
 
-The peer is the reference script of diffusers, or its `train_dreambooth_lora.py`. Step times are the intervals between the
+The peer is the reference script of diffusers, its `train_dreambooth_lora.py`, or `train_dreambooth_lora_sdxl.py`. Step times are the intervals between the
 losses that each script writes to TensorBoard, warm-up left out; "first step" is the time from launch to the first loss, "wall" that
 to the exit; CPU time is that of the whole run, over all cores; memory is the operating system's (and nvidia-smi's) peak.
 """
@@ -24,10 +25,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from make_model import ROOT, make_data, make_sd14_size_model
+from make_model import ROOT, make_data, make_sd14_size_model, make_sdxl_size_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 WARM_UP = 2  # steps not counted
+SIZES = {"sd14": make_sd14_size_model, "sdxl": make_sdxl_size_model}
 OURS = ROOT / "train_custom_diffusion.py"
 WITHOUT_TORCHVISION = ROOT / "benchmarks/without_torchvision.py"
 
@@ -35,7 +37,10 @@ WITHOUT_TORCHVISION = ROOT / "benchmarks/without_torchvision.py"
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, required=True, help="the other script")
-    parser.add_argument("--model", type=Path, help="model folder (default: SD 1.4's size, random weights)")
+    parser.add_argument(
+        "--size", choices=SIZES, default="sd14", help="of a model with random weights (default: %(default)s)"
+    )
+    parser.add_argument("--model", type=Path, help="model folder, instead of one with random weights")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "benchmarks/work")
     parser.add_argument(
         "--output", type=Path, help="where the JSON goes (default: benchmarks/results/<device>-....json)"
@@ -55,7 +60,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    model = args.model or make_sd14_size_model(args.work_dir / "sd14-size")
+    model = args.model or SIZES[args.size](args.work_dir / f"{args.size}-size")
     data = make_data(args.work_dir / "data", args.num_class_images)
     # With the cache, steps cost less once every picture has been seen; half of the steps are left for that.
     cached = ["--cache_latents", f"--augmentations_per_image={args.augmentations_per_image}"]
@@ -66,33 +71,41 @@ def main():
     }
     if torch.cuda.is_available():
         sides["ours --cuda_graphs"] = ([OURS], [*custom_diffusion_flags(data), "--cuda_graphs"], args.steps, WARM_UP)
+    common = common_flags(
+        model,
+        data,
+        num_class_images=args.num_class_images,
+        resolution=args.resolution,
+        batch_size=args.batch_size,
+        mixed_precision=args.mixed_precision,
+    )
     runs = {name: [] for name in sides}
     for round_number in range(args.rounds):
         for name, (script, own_flags, steps, warm_up) in sides.items():
-            measured = run(
-                script, common_flags(args, model, data, steps) + own_flags, args.work_dir / "out", steps, warm_up
-            )
+            measured = run(script, [*common, *step_flags(steps), *own_flags], args.work_dir / "out", steps, warm_up)
             runs[name].append(measured)
             print(f"round {round_number + 1}, {name}: {measured['step_seconds']:.2f} s a step", flush=True)
     report(args, runs)
 
 
-def common_flags(args, model, data, steps):
+def common_flags(model, data, *, num_class_images, resolution, batch_size, mixed_precision):
     return [
         f"--pretrained_model_name_or_path={model}",
         "--with_prior_preservation",
-        f"--num_class_images={args.num_class_images}",
-        f"--resolution={args.resolution}",
-        f"--train_batch_size={args.batch_size}",
-        f"--max_train_steps={steps}",
-        f"--checkpointing_steps={steps}",
-        f"--mixed_precision={args.mixed_precision}",
+        f"--num_class_images={num_class_images}",
+        f"--resolution={resolution}",
+        f"--train_batch_size={batch_size}",
+        f"--mixed_precision={mixed_precision}",
         "--learning_rate=1e-5",
         "--lr_warmup_steps=0",
         "--seed=0",
         "--class_prompt=circle",
         f"--instance_data_dir={data / 'photos'}",
     ]
+
+
+def step_flags(steps):
+    return [f"--max_train_steps={steps}", f"--checkpointing_steps={steps}"]
 
 
 def custom_diffusion_flags(data):

@@ -14,7 +14,7 @@ FLOORS = [
     {"single_file"},
     {"cli", "retrieval", "weights"},
     {"model"},
-    {"training"},
+    {"training", "evaluation"},
     {"tools"},
     {"__init__", "__main__"},
 ]

@@ -370,6 +370,9 @@ MODELS = {
         lambda m: edit(m / "unet" / "config.json", addition_embed_type="text_time"), "takes conditions that a"),
     "depth-to-image": (lambda m: edit(m / "unet" / "config.json", in_channels=5), "takes 5 input channels"),
     "other width": (lambda m: edit(m / "unet" / "config.json", cross_attention_dim=48), "of another width"),
+    "other noise": (
+        lambda m: edit(m / "scheduler" / "scheduler_config.json", _class_name="EDMDPMSolverMultistepScheduler"),
+        "another kind of noise than Stable Diffusion, as its EDMDPMSolverMultistepScheduler says"),
     "sample prediction": (lambda m: edit(m / "scheduler" / "scheduler_config.json", prediction_type="sample"), "'sample' is not"),
     "no weights": (lambda m: (m / "unet" / "diffusion_pytorch_model.safetensors").unlink(), "/unet' has no weight files"),
     "truncated": (lambda m: truncate(m / "unet" / "diffusion_pytorch_model.safetensors"), "model.safetensors' is damaged"),

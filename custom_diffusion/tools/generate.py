@@ -7,12 +7,17 @@ custom-diffusion generate --weights user/cat --prompt "<new1> cat" --num_images 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from custom_diffusion.cli.tool_flags import add_model_flags, model_problems, weights_problems, writable_problems
+from custom_diffusion.cli.tool_flags import (
+    add_model_flags,
+    check_prompts,
+    model_problems,
+    weights_problems,
+    writable_problems,
+)
 from custom_diffusion.errors import InputError, first_line
 from custom_diffusion.files import whole_file
 from custom_diffusion.images import IMAGE_SUFFIXES
@@ -201,15 +206,6 @@ def drawn_into(
         "width": width or opened["image"].width // pipe.vae_scale_factor * pipe.vae_scale_factor,
     }
     return {"image": opened["image"], "mask_image": opened["mask"].convert("L"), "strength": 1.0} | size
-
-
-def check_prompts(flag: str, prompts: list[str], tokens: list[str]) -> None:
-    """Raises InputError for a word like <new9> that the weights do not know: it would be drawn as noise."""
-    for prompt in prompts:
-        for word in re.findall(r"<[^<>\s]+>", prompt):
-            if word not in tokens:
-                known = ", ".join(tokens) or "no token"
-                raise InputError(f"{flag}: {prompt!r} has {word}, but the weights bring {known}")
 
 
 def image_paths(output: Path, num_prompts: int, num_images: int) -> list[Path]:

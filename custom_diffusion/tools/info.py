@@ -53,7 +53,9 @@ def info(weights: ConceptWeights | str | Path) -> list[tuple[str, str]]:
         lines.append(("merged from", f"{part['weights']} ({', '.join(part['tokens'])})"))
     if config.get("steps") is not None:
         lines.append(("steps", str(config["steps"])))
-    settings = {n: v for n, v in config.get("settings", {}).items() if n not in ("concepts", "modifier_tokens", "base_file")}
+    settings = {
+        n: v for n, v in config.get("settings", {}).items() if n not in ("concepts", "modifier_tokens", "base_file")
+    }
     if settings:
         lines.append(
             ("training", ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None))

@@ -30,7 +30,7 @@ from custom_diffusion.training.augmentation import (
 from custom_diffusion.training.holes import draw_hole
 
 # What a random stream is for. Part of its seed, so that no two streams share numbers.
-ORDER, CHOICE, DIFFUSION, PHOTO, CLASS_IMAGE, PHOTO_POOL, CLASS_POOL, PRIOR, HOLES = range(9)
+ORDER, CHOICE, DIFFUSION, PHOTO, CLASS_IMAGE, PHOTO_POOL, CLASS_POOL, PRIOR, CURVE, HOLES = range(10)
 
 
 def random_stream(seed: int, purpose: int, *counters: int) -> np.random.Generator:
