@@ -484,7 +484,10 @@ def make_fixed_set(args, concepts, plan, samples, noise_scheduler, encoder, curv
     if curve.num_samples is None:
         curve.num_samples = affordable_samples(images_per_step, args.validation_steps, 2 if class_images else 1)
     photos = photos_to_measure(samples, plan.size, curve.num_samples)
-    return FixedSet(accelerator, noise_scheduler, encoder, photos, class_images, curve.num_samples)
+    inpainting = plan.input_channels > plan.latent_shape[0]
+    return FixedSet(
+        accelerator, noise_scheduler, encoder, photos, class_images, curve.num_samples, inpainting=inpainting
+    )
 
 
 def make_optimizer(args, parameters, learning_rate):
