@@ -367,7 +367,8 @@ def test_training_command_keeps_everything_but_the_token(given, monkeypatch):
 def test_training_command_names_no_place_on_this_computer(joined, short, monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     places = ["pretrained_model_name_or_path", "instance_data_dir", "class_data_dir", "concepts_list", "output_dir",
-              "logging_dir", "tokenizer_name", "pretrained_vae_model_name_or_path", "resume_from_checkpoint"]  # fmt: skip
+              "logging_dir", "tokenizer_name", "pretrained_vae_model_name_or_path", "config_from",
+              "resume_from_checkpoint"]  # fmt: skip
     argv, expected = ["/home/mary/train_custom_diffusion.py"], ["python", "train_custom_diffusion.py"]
     for name in places:
         flag = f"--{name[:-1] if short else name}"

@@ -63,6 +63,7 @@ def compress(
     model: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    config_from: str | None = None,
 ) -> str:
     """Write the weights as low-rank changes of the base model's.
 
@@ -71,6 +72,7 @@ def compress(
         output: folder to write.
         energy: share of the sum of singular values to keep in each matrix, 0.6 if neither is given; or rank: how many.
         model, revision, variant: the base model, by default the one that the weights name.
+        config_from: folder or Hub id that has the configuration and tokenizers of a base model in one file.
     Returns:
         A line that says how small they are, and how much was kept.
     Raises:
@@ -85,12 +87,12 @@ def compress(
     if energy is None and rank is None:
         energy = DEFAULT_ENERGY
     weights = as_weights(weights)
-    source = base_of(weights.config, model, revision, variant)
+    source = base_of(weights.config, model, revision, variant, config_from)
     unet = empty_unet_for(weights, source)
     decompositions = decompose(changes(weights, base_tensors(source, weights.shapes())))
     small = low_rank_weights(weights, decompositions, energy=energy, rank=rank)
     # A different --model is what the deltas are now relative to.
-    small.config |= {"base_model": source.path, "revision": source.revision, "variant": source.variant}
+    small.config |= source.recorded()
     with whole_folder(Path(output)) as folder:
         write_weights(folder, small, unet, ("safetensors",))
         after = sum(path.stat().st_size for path in folder.iterdir())

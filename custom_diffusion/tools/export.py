@@ -19,7 +19,7 @@ from custom_diffusion.cli.tool_flags import (
     weights_problems,
 )
 from custom_diffusion.errors import InputError, warn
-from custom_diffusion.files import whole_folder
+from custom_diffusion.files import LORA_FILE, whole_folder
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 DEFAULT_SHARE = 0.99
 NOT_IN_LORA_NAMES = set(":=>")  # they end the name in <lora:NAME:1>
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +82,7 @@ def export(
     model: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    config_from: str | None = None,
 ) -> str:
     """Write a trained concept as other programs read it.
 
@@ -92,6 +92,7 @@ def export(
         rank: of the LoRA in every layer; or share: of the squared singular values that every layer must keep, 0.99 if neither
             is given.
         model, revision, variant: the base model, by default the one that the weights name.
+        config_from: folder or Hub id that has the configuration and tokenizers of a base model in one file.
     Returns:
         A line that says what was kept, and how to use it.
     Raises:
@@ -104,7 +105,7 @@ def export(
 
     check_output_folder(output)
     weights, output = as_weights(weights), Path(output)
-    source = base_of(weights.config, model, revision, variant)
+    source = base_of(weights.config, model, revision, variant, config_from)
     empty_unet_for(weights, source)
     if to == "pipeline":
         export_pipeline(weights, source, output)

@@ -53,7 +53,9 @@ def info(weights: ConceptWeights | str | Path) -> list[tuple[str, str]]:
         lines.append(("merged from", f"{part['weights']} ({', '.join(part['tokens'])})"))
     if config.get("steps") is not None:
         lines.append(("steps", str(config["steps"])))
-    settings = {n: v for n, v in config.get("settings", {}).items() if n not in ("concepts", "modifier_tokens")}
+    settings = {
+        n: v for n, v in config.get("settings", {}).items() if n not in ("concepts", "modifier_tokens", "base_file")
+    }
     if settings:
         lines.append(
             ("training", ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None))
@@ -67,4 +69,8 @@ def _base(config):
     if not config.get("base_model"):
         return "not recorded"
     extra = [f"{name} {config[name]}" for name in ("revision", "variant") if config.get(name)]
+    if file := config.get("base_file"):
+        extra += [f"{file['size']:,} bytes", f"SHA-256 of its header {file['header_sha256']}"]
+    if config.get("inpainting"):
+        extra.append("inpainting")
     return " ".join([config["base_model"], *(f"({e})" for e in extra)])

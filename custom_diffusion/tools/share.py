@@ -206,7 +206,11 @@ def public_config(config: dict) -> dict:
     }
     if "concepts" in settings:
         settings["concepts"] = without_photos(settings["concepts"])
-    public = config | {"base_model": None if is_local(config.get("base_model")) else config["base_model"]}
+    public = config | {
+        name: None if is_local(config[name]) else config[name]
+        for name in ("base_model", "config_from")
+        if name in config
+    }
     if "concepts" in config:
         public["concepts"] = without_photos(config["concepts"])
     return public | ({"settings": settings} if settings else {})
