@@ -320,19 +320,19 @@ def test_offloaded_pipelines(offload, tiny_xl_model, concept):
     assert_same(state_of(plain), state_of(pipe))
 
 
-def test_compiled_modules(tiny_xl_model, concept):
-    pipe = open_pipeline(tiny_xl_model)
-    before = state_of(pipe)
+def test_compiled_text_encoders(tiny_xl_model, concept):
+    """That the new words are pooled at the end of the prompt must reach the compiled code."""
+    pipe, compiled = open_pipeline(tiny_xl_model), open_pipeline(tiny_xl_model)
+    before = state_of(compiled)
+    compiled.text_encoder_2 = torch.compile(compiled.text_encoder_2, backend="eager")
+    pipeline_features(compiled, PROMPTS[:1])
     load_custom_diffusion(pipe, concept)
-    expected = draw(pipe)
-    unload_custom_diffusion(pipe)
-    pipe.unet = torch.compile(pipe.unet, backend="eager")
-    pipe.text_encoder_2 = torch.compile(pipe.text_encoder_2, backend="eager")
-    load_custom_diffusion(pipe, concept)
-    assert torch.allclose(draw(pipe), expected, atol=1e-5)
-    unload_custom_diffusion(pipe)
-    pipe.unet, pipe.text_encoder_2 = pipe.unet._orig_mod, pipe.text_encoder_2._orig_mod
-    assert_same(before, state_of(pipe))
+    load_custom_diffusion(compiled, concept)
+    for features, expected in zip(*(pipeline_features(p, PROMPTS) for p in (compiled, pipe)), strict=True):
+        assert torch.allclose(features, expected, atol=1e-5)
+    unload_custom_diffusion(compiled)
+    compiled.text_encoder_2 = compiled.text_encoder_2._orig_mod
+    assert_same(before, state_of(compiled))
 
 
 def test_weights_of_another_family_are_refused_and_change_nothing(tiny_model, tiny_xl_model, concept, tmp_path):
