@@ -36,7 +36,7 @@ def known_change(values):
 
 
 def test_energy_is_a_share_of_the_sum_of_singular_values():
-    parts = decompose({"x": known_change([6.0, 2.0, 1.0, 1.0])})["x"]
+    parts = decompose(known_change([6.0, 2.0, 1.0, 1.0]))
     assert [parts.rank_for(share, power=1) for share in (0.1, 0.59, 0.61, 0.79, 0.81, 1)] == [1, 1, 2, 2, 3, 7]
     assert [parts.rank_for(share, power=2) for share in (0.85, 0.86, 0.96)] == [1, 2, 3]  # squares: 36, 4, 1, 1 of 42
     assert parts.kept(2) == pytest.approx(40 / 42)
@@ -56,7 +56,7 @@ def test_ranks_are_summed_up():
 
 def test_truncation_is_the_nearest_matrix_of_its_rank():
     delta = known_change([6.0, 2.0, 1.0, 1.0])
-    parts = decompose({"x": delta})["x"]
+    parts = decompose(delta)
     assert (parts.left.shape, parts.values.shape, parts.right.shape) == ((9, 7), (7,), (7, 7))
     kept = parts.truncated(2)
     error = torch.linalg.svdvals(delta - kept.up @ kept.down)
@@ -65,7 +65,7 @@ def test_truncation_is_the_nearest_matrix_of_its_rank():
 
 
 def test_no_change_compresses_to_no_change():
-    parts = decompose({"x": torch.zeros(4, 3)})["x"]
+    parts = decompose(torch.zeros(4, 3))
     assert parts.rank_for(0.6, power=1) == 1 and torch.equal(parts.truncated(1).matrix(), torch.zeros(4, 3))
     assert parts.kept(1) == 1
 
@@ -116,7 +116,7 @@ def test_is_smaller_and_keeps_what_it_says(concept, tiny_model, tmp_path, capsys
     assert torch.equal(small.tokens["<new1>"], full.tokens["<new1>"])
     assert {delta.up.shape[1] for delta in small.deltas.values()} == {2}
     base = base_tensors(ModelSource(str(tiny_model)), full.shapes())
-    for name, delta in changes(full, base).items():
+    for name, delta in changes(full, base):
         values = torch.linalg.svdvals(delta)
         error = (delta - small.deltas[name].matrix()).norm()
         assert error == pytest.approx(values[2:].norm().item(), rel=1e-3)

@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from custom_diffusion.cli.tool_flags import cannot_be_hub_id
+from custom_diffusion.families import family_named
 from custom_diffusion.files import CURVE_IMAGE, WEIGHTS_NAME
 
 # Flags whose values are places on the user's computer.
@@ -39,7 +40,13 @@ def model_card(
         library_name="diffusers",
         pipeline_tag="text-to-image",
         inference=True,
-        tags=["custom-diffusion", "diffusers", "diffusers-training", "stable-diffusion", "text-to-image"],
+        tags=[
+            "custom-diffusion",
+            "diffusers",
+            "diffusers-training",
+            *family_named(config.get("family")).tags,
+            "text-to-image",
+        ],
         **_license(config.get("base_model"), config.get("revision")),
     )
     if prompts:
@@ -94,12 +101,16 @@ def _loading_code(repo_id, config, samples):
         return (
             _python(ours) + "\n\nThe weights are compressed: changes of the base model's, which only this loader reads."
         )
+    family, tokens = family_named(config.get("family")), config.get("modifier_tokens", [])
     plain = [
+        *(["from huggingface_hub import hf_hub_download", ""] if tokens and len(family.texts) > 1 else []),
         "# _pipeline: without it, diffusers 0.29 and later load nothing, and say nothing",
         f"pipe.unet.load_attn_procs({repo_id!r}, weight_name={WEIGHTS_NAME + '.bin'!r}, _pipeline=pipe)",
-        *(
-            f"pipe.load_textual_inversion({repo_id!r}, weight_name={token + '.bin'!r})"
-            for token in config.get("modifier_tokens", [])
+        *family.words_code(
+            tokens,
+            repo_id,
+            ".bin",
+            lambda file: f"torch.load(hf_hub_download({repo_id!r}, {file!r}), weights_only=True)",
         ),
     ]
     return f"{_python(ours)}\n\nWith diffusers alone, in place of `load_custom_diffusion`:\n\n{_python(plain)}"
@@ -114,7 +125,9 @@ def _training(config, command, has_curve):
     if command:
         parts.append(f"```bash\n{command}\n```")
     if config.get("steps"):
-        parts.append(f"{config['steps']} optimizer steps.")
+        resolution = config.get("settings", {}).get("resolution")
+        at = f" on images of {resolution} x {resolution} pixels" if resolution else ""
+        parts.append(f"{config['steps']} optimizer steps{at}.")
     if has_curve:
         parts.append(
             f"![Losses against steps]({CURVE_IMAGE})\n\nMean squared errors on a fixed set of noisy images: the photos "
