@@ -186,3 +186,17 @@ def test_damaged_file_is_named(concept, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"custom_diffusion_deltas.safetensors' is damaged"):
         read_weights(tmp_path / "small")
+
+
+def test_words_of_two_text_encoders_stay_apart(tiny_xl_model, tmp_path):
+    full = make_concept(tmp_path / "full", tiny_xl_model)
+    run(tmp_path / "full", tmp_path / "small", "--energy", "0.999")
+    small = read_weights(tmp_path / "small")
+    assert small.token_widths == (32, 40) and len(small.deltas) == len(full.tensors)
+    assert torch.equal(small.tokens["<new1>"], full.tokens["<new1>"])
+    pipe = open_pipeline(tiny_xl_model)
+    base = draw(pipe)
+    load_custom_diffusion(pipe, tmp_path / "full")
+    expected = draw(pipe)
+    load_custom_diffusion(pipe, tmp_path / "small")
+    assert abs(draw(pipe) - expected).mean() < 0.1 * abs(base - expected).mean()
