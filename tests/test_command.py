@@ -184,7 +184,7 @@ def test_disk_trouble_is_one_line_and_leaves_nothing(folders, tmp_path, monkeypa
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("custom_diffusion.weights.format._save_safetensors", full)
+    monkeypatch.setattr("custom_diffusion.weights.format.save_tensors", full)
     with pytest.raises(SystemExit) as end:
         run_tool("compress", folders / "cat", "--output", tmp_path / "x")
     assert end.value.code == 1 and "error: [Errno 28] No space left on device" in capsys.readouterr().err

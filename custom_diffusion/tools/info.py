@@ -41,7 +41,8 @@ def info(weights: ConceptWeights | str | Path) -> list[tuple[str, str]]:
     stored = [*weights.tensors.values(), *(factor for d in weights.deltas.values() for factor in (d.up, d.down))]
     lines = [
         ("base model", _base(config)),
-        ("tokens", ", ".join(f"{token} ({len(row)} values)" for token, row in weights.tokens.items()) or "none"),
+        *([("family", config["family"])] if config.get("family") else []),
+        ("tokens", ", ".join(f"{token} ({_widths(weights, row)} values)" for token, row in weights.tokens.items()) or "none"),
         *[("prompt", f"{c.get('instance_prompt')} (class: {c.get('class_prompt') or 'none'})") for c in config.get("concepts", [])],
         ("method", f"{'crossattn' if 'to_q' in projections else 'crossattn_kv'}: {', '.join(projections)} of {len(attentions)} cross-attentions"),
         ("parameters", f"{sum(shape.numel() for shape in shapes.values()):,} in {len(shapes)} tensors"),
@@ -63,6 +64,11 @@ def info(weights: ConceptWeights | str | Path) -> list[tuple[str, str]]:
     if versions := config.get("versions"):
         lines.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
     return lines
+
+
+def _widths(weights, row):
+    """How many values a word has; for several text encoders, in each."""
+    return " + ".join(map(str, weights.token_widths or (len(row),)))
 
 
 def _base(config):

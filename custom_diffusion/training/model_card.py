@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from custom_diffusion.cli.base_model import cannot_be_hub_id
-from custom_diffusion.families import FAMILIES, STABLE_DIFFUSION
+from custom_diffusion.families import family_named
 from custom_diffusion.files import CURVE_IMAGE, WEIGHTS_NAME
 from custom_diffusion.single_file import is_single_file
 
@@ -42,7 +42,13 @@ def model_card(
         library_name="diffusers",
         pipeline_tag="image-to-image" if config.get("inpainting") else "text-to-image",
         inference=True,
-        tags=["custom-diffusion", "diffusers", "diffusers-training", "stable-diffusion", "text-to-image"],
+        tags=[
+            "custom-diffusion",
+            "diffusers",
+            "diffusers-training",
+            *family_named(config.get("family")).tags,
+            "text-to-image",
+        ],
         **_license(config.get("base_model"), config.get("revision")),
     )
     if prompts:
@@ -108,12 +114,16 @@ def _loading_code(repo_id, config, samples):
         return (
             _python(ours) + "\n\nThe weights are compressed: changes of the base model's, which only this loader reads."
         )
+    family, tokens = family_named(config.get("family")), config.get("modifier_tokens", [])
     plain = [
+        *(["from huggingface_hub import hf_hub_download", ""] if tokens and len(family.texts) > 1 else []),
         "# _pipeline: without it, diffusers 0.29 and later load nothing, and say nothing",
         f"pipe.unet.load_attn_procs({repo_id!r}, weight_name={WEIGHTS_NAME + '.bin'!r}, _pipeline=pipe)",
-        *(
-            f"pipe.load_textual_inversion({repo_id!r}, weight_name={token + '.bin'!r})"
-            for token in config.get("modifier_tokens", [])
+        *family.words_code(
+            tokens,
+            repo_id,
+            ".bin",
+            lambda file: f"torch.load(hf_hub_download({repo_id!r}, {file!r}), weights_only=True)",
         ),
     ]
     return f"{_python(ours)}\n\nWith diffusers alone, in place of `load_custom_diffusion`:\n\n{_python(plain)}"
@@ -121,7 +131,7 @@ def _loading_code(repo_id, config, samples):
 
 def _pipeline(config):
     """The pipeline's class, and how it is made of the base model, up to the options that follow."""
-    family = next((family for family in FAMILIES if family.name == config.get("family")), STABLE_DIFFUSION)
+    family = family_named(config.get("family"))
     version = "".join(f", {name}={config[name]!r}" for name in ("revision", "variant") if config.get(name))
     if config.get("base_file"):
         name = family.inpainting if config.get("inpainting") else family.text_to_image
@@ -139,7 +149,9 @@ def _training(config, command, has_curve):
     if command:
         parts.append(f"```bash\n{command}\n```")
     if config.get("steps"):
-        parts.append(f"{config['steps']} optimizer steps.")
+        resolution = config.get("settings", {}).get("resolution")
+        at = f" on images of {resolution} x {resolution} pixels" if resolution else ""
+        parts.append(f"{config['steps']} optimizer steps{at}.")
     if has_curve:
         parts.append(
             f"![Losses against steps]({CURVE_IMAGE})\n\nMean squared errors on a fixed set of noisy images: the photos "
