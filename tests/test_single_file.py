@@ -1,5 +1,6 @@
 """Base models in one file: what such a file is, told from its header, and that it teaches the same as its folder."""
 
+import argparse
 import json
 import shutil
 from dataclasses import replace
@@ -14,13 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import make_model
 
-from custom_diffusion import compress, export, generate, merge
+from custom_diffusion import compress, export, generate, memory, merge
 from custom_diffusion.errors import InputError
 from custom_diffusion.families import SUPPORTED
 from custom_diffusion.files import CONFIG_NAME
 from custom_diffusion.model.loading import base_tensors, empty_unet, load_models, load_pipeline
 from custom_diffusion.model.source import ModelSource, base_of, check_model
 from custom_diffusion.single_file import model_in, read_header
+from custom_diffusion.tools.memory import add_flags, flag_problems
 from custom_diffusion.tools.share import public_config
 from custom_diffusion.training.model_card import model_card
 from custom_diffusion.weights.format import read_weights
@@ -252,6 +254,16 @@ def test_the_tools_read_single_tensors_of_a_file(kind, models):
     names = [name for name, _ in empty_unet(source).named_parameters() if "attn2.to_k" in name]
     apart, single = base_tensors(ModelSource(str(folder)), names), base_tensors(source, names)
     assert names and apart.keys() == single.keys() and all(torch.equal(apart[name], single[name]) for name in names)
+
+
+def test_the_memory_of_a_file_is_that_of_its_folder(models):
+    folder, file = models["1.x"]
+    flags = ["--config_from", str(folder), "--resolution", "64", "--train_batch_size", "1"]
+    args = argparse.ArgumentParser()
+    add_flags(args)
+    args = args.parse_args(["--model", str(file), *flags])
+    assert flag_problems(args) == []
+    assert memory(file, config_from=str(folder), resolution=64) == memory(folder, resolution=64)
 
 
 @pytest.mark.parametrize("kind", ["1.x", "2.x", "XL"])

@@ -16,7 +16,7 @@ def single_file_problems(flag: str, model: str, args: argparse.Namespace) -> lis
     problems = [
         f"--{name}: has no meaning with a single file; leave it out"
         for name in ("revision", "variant")
-        if getattr(args, name) is not None
+        if getattr(args, name, None) is not None
     ]
     try:
         model_in(model)
