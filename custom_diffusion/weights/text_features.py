@@ -1,12 +1,11 @@
-"""Text features of a concept's own words and of ordinary captions: what a merge goes by."""
+"""Text features of concepts' prompts and of ordinary captions: what a merge goes by."""
 
 import torch
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
 from custom_diffusion.errors import InputError
-from custom_diffusion.progress import ProgressBar
-from custom_diffusion.weights.constraints import drop_equal_rows
-from custom_diffusion.weights.format import ConceptWeights
+
+BATCH_SIZE = 16
 
 
 def add_tokens(
@@ -30,49 +29,53 @@ def add_tokens(
 @torch.no_grad()
 def text_features(
     tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel, prompts: list[str]
-) -> list[tuple[list[int], torch.Tensor]]:
-    """Per prompt the token ids and their (t, d) float64 features, from the start token up to the end token.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (n, t), and features (n, t, d) float64 on the CPU, padded as they are for drawing."""
+    ids = tokenizer(
+        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+    return ids, text_encoder(ids.to(text_encoder.device))[0].cpu().double()
 
-    No padding to full length: a token's features depend on what is before it only.
+
+def position_weights(ids: torch.Tensor, end: int, own: torch.Tensor | None = None) -> torch.Tensor:
+    """(n, t): 1 for every token up to the end token, and 1 in all for the padding after it, which is most of a prompt.
+
+    Args:
+        ids: (n, t), each row with an end token. end: its id.
+        own: ids of a concept's tokens. Positions before the first of them weigh 0: they know nothing of the concept, and have
+            the features that they have without it.
     """
-    ids = [tokenizer(prompt, truncation=True).input_ids for prompt in prompts]
-    longest = max(map(len, ids))
-    padded = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in ids])
-    features = text_encoder(padded)[0].double()
-    return [(row, feature[: len(row)]) for row, feature in zip(ids, features)]
+    length = (ids == end).int().argmax(dim=1, keepdim=True) + 1
+    padding = torch.arange(ids.shape[1]) >= length
+    weights = torch.where(padding, 1 / padding.sum(dim=1, keepdim=True), 1.0)
+    return weights if own is None else weights * (torch.isin(ids, own).cumsum(dim=1) > 0)
 
 
-def caption_moments(
-    tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel, captions: list[str], batch_size: int = 16
+def moments(
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: CLIPTextModel,
+    prompts: list[str],
+    tokens: list[str] | None = None,
 ) -> torch.Tensor:
-    """C_reg' C_reg, (d, d): of every token of the captions but the start token."""
-    # Batches of about the same length need little padding.
-    captions = sorted(captions, key=lambda caption: len(tokenizer(caption, truncation=True).input_ids))
-    moments = 0
-    for start in ProgressBar(range(0, len(captions), batch_size), desc="Reading captions", unit="batch"):
-        batch = text_features(tokenizer, text_encoder, captions[start : start + batch_size])
-        rows = torch.cat([features[1:] for _, features in batch])
-        moments = moments + rows.T @ rows
-    return moments
+    """Mean over the prompts of the weighted sum of c c' over their positions, (d, d) float64. Reads a batch at a time.
+
+    Args:
+        tokens: of a concept: only positions from the first of them on count.
+    """
+    own = None if tokens is None else torch.tensor(tokenizer.convert_tokens_to_ids(tokens))
+    total = 0
+    for start in range(0, len(prompts), BATCH_SIZE):
+        ids, features = text_features(tokenizer, text_encoder, prompts[start : start + BATCH_SIZE])
+        weights = position_weights(ids, tokenizer.eos_token_id, own).double()
+        rows = (features * weights.sqrt().unsqueeze(-1)).flatten(0, 1)
+        total = total + rows.T @ rows
+    return total / len(prompts)
 
 
 def concept_words(
-    tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel, part: ConceptWeights
+    tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModel, prompts: list[str], tokens: list[str]
 ) -> torch.Tensor:
-    """C, (s, d): features of a concept's own words, which are its modifier token and all that comes after it.
-
-    From its prompt ("photo of a <new1> cat") and from the prompt's end ("<new1> cat"). Words before the token have the
-    features that they have without it, and must stay as they are. Rows that are equal come once.
-    """
-    prompts = [concept["instance_prompt"] for concept in part.config["concepts"]]
-    prompts += [token for token in part.tokens if not any(token in prompt for prompt in prompts)]
-    own_ids = set(tokenizer.convert_tokens_to_ids(list(part.tokens)))
-    rows = []
-    for prompt in prompts:
-        starts = [prompt.index(token) for token in part.tokens if token in prompt]
-        if not starts:
-            continue
-        for ids, features in text_features(tokenizer, text_encoder, [prompt, prompt[min(starts) :]]):
-            first = next((i for i, token_id in enumerate(ids) if token_id in own_ids), len(ids))
-            rows += list(features[first:])
-    return drop_equal_rows(torch.stack(rows))
+    """Features of the words of these prompts from the first of the tokens to the end token, (s, d) float64."""
+    ids, features = text_features(tokenizer, text_encoder, prompts)
+    weights = position_weights(ids, tokenizer.eos_token_id, torch.tensor(tokenizer.convert_tokens_to_ids(tokens)))
+    return features[weights == 1]
