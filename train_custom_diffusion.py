@@ -18,7 +18,6 @@ if __name__ == "__main__":
     if sys.platform == "linux":
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on a CPU: huge pages, a tenth faster
 
-import copy
 import errno
 import logging
 import math
@@ -46,9 +45,9 @@ from custom_diffusion.model.attention import install_trained_projections
 from custom_diffusion.model.concept_model import ConceptModel, cast_frozen
 from custom_diffusion.model.cuda_graphs import RecordedUNet, device_problems
 from custom_diffusion.model.frozen import replace_frozen_layers
-from custom_diffusion.model.loading import load_models, load_tokenizer
+from custom_diffusion.model.loading import load_models, load_tokenizers
 from custom_diffusion.model.source import ModelSource, check_model
-from custom_diffusion.model.tokens import add_modifier_tokens, token_problems
+from custom_diffusion.model.tokens import token_problems
 from custom_diffusion.progress import ProgressBar
 from custom_diffusion.tools import share
 from custom_diffusion.training.augmentation import PROMPT_PREFIXES
@@ -89,7 +88,8 @@ class Plan:
     Attributes:
         pairs: (modifier token, initializer token) of each new word.
         tokens: the modifier tokens alone.
-        weight_dtype: of all that is frozen.
+        weight_dtype: of all that is frozen, but for a VAE that would overflow.
+        size: side of the images in pixels.
         latent_shape: (C, h, w).
         images_per_sample: a photo, and with prior preservation a class image.
         samples_per_step: of an optimizer step, all processes and accumulated batches together.
@@ -99,6 +99,7 @@ class Plan:
     pairs: list[tuple[str, str]]
     tokens: list[str]
     weight_dtype: torch.dtype
+    size: int
     latent_shape: tuple[int, int, int]
     images_per_sample: int
     samples_per_step: int
@@ -113,13 +114,11 @@ def main(args, concepts):
     device, output_dir = accelerator.device, Path(args.output_dir)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-    source = ModelSource(
-        args.pretrained_model_name_or_path, args.revision, args.variant, args.tokenizer_name, MODEL_FLAG
-    )
+    source = make_source(args)
     shape, noise_scheduler = check_model(source)
-    tokenizer = load_tokenizer(source)
-    check_flags_fit(args, concepts, shape, tokenizer, device)
     plan = make_plan(args, shape, accelerator)
+    tokenizers = load_tokenizers(source, shape.family)  # those of the training model get the modifier tokens
+    check_flags_fit(args, concepts, plan, shape, tokenizers, device)
     settings = make_settings(args, concepts, plan, shape, accelerator)
     checkpoint = open_output(args, accelerator, plan.tokens, settings)
     repo_id = share.create_repository(args, accelerator) if args.push_to_hub else None
@@ -127,8 +126,7 @@ def main(args, concepts):
         draw_class_images(args, concepts, source, accelerator, signals)
 
     # Model: frozen, but for the trained projections and the modifier tokens' rows
-    plain_tokenizer = copy.deepcopy(tokenizer)  # for the final check, which loads the tokens as users do
-    concept_model, vae = make_model(args, source, tokenizer, plan, device)
+    concept_model, vae = make_model(args, source, plan, device)
     if checkpoint is not None:
         concept_model.load_trained(checkpoint.weights)
     recording = record_cuda_graphs(args, concept_model, plan) if args.cuda_graphs else None
@@ -156,9 +154,9 @@ def main(args, concepts):
 
     # Output: checkpoints and weights, images, trackers
     run_folder = make_run_folder(args, concepts, concept_model, plan, settings, stateful)
-    validation = make_validation(args, source, noise_scheduler, plan, accelerator)
+    validation = make_validation(args, source, shape, noise_scheduler, plan, accelerator)
     if accelerator.is_main_process:
-        start_trackers(args, accelerator)
+        start_trackers(args, plan, accelerator)
         log_summary(concepts, concept_model, samples, plan.samples_per_step, max_train_steps)
 
     # Training
@@ -231,7 +229,8 @@ def main(args, concepts):
     # Read back, draw, share
     shared = True
     if accelerator.is_main_process:
-        pipeline = read_back(output_dir, concept_model.eval(), validation.pipeline, plain_tokenizer, **run_folder.probe)
+        # As users do it: with tokenizers that have never seen the tokens
+        pipeline = read_back(output_dir, concept_model.eval(), validation.pipeline, tokenizers, **run_folder.probe)
         logger.info(f"Saved the weights in '{output_dir}', and read them back")
         images = validation.show(pipeline, name="final", tag="test", step=progress.step)
         if repo_id is not None:
@@ -268,13 +267,26 @@ def make_accelerator(args):
         raise InputError(f"--mixed_precision: {first_line(error)}") from None
 
 
-def check_flags_fit(args, concepts, shape, tokenizer, device):
+def make_source(args):
+    return ModelSource(
+        args.pretrained_model_name_or_path,
+        args.revision,
+        args.variant,
+        args.tokenizer_name,
+        MODEL_FLAG,
+        vae=args.pretrained_vae_model_name_or_path,
+        prediction_type=args.prediction_type,
+    )
+
+
+def check_flags_fit(args, concepts, plan, shape, tokenizers, device):
     """Raises InputError for flags that do not fit the model or the device, all in one."""
     prompts = [[prefix + concept.instance_prompt for prefix in PROMPT_PREFIXES] for concept in concepts]
-    problems = token_problems(tokenizer, modifier_pairs(args), prompts)
-    if args.resolution % shape.vae_factor:
-        nearest = max(round(args.resolution / shape.vae_factor), 1) * shape.vae_factor
-        problems.append(f"--resolution: {args.resolution} is not a multiple of {shape.vae_factor}; try {nearest}")
+    problems = [problem for tokenizer in tokenizers for problem in token_problems(tokenizer, plan.pairs, prompts)]
+    problems = list(dict.fromkeys(problems))  # several tokenizers mostly agree
+    if plan.size % shape.vae_factor:
+        nearest = max(round(plan.size / shape.vae_factor), 1) * shape.vae_factor
+        problems.append(f"--resolution: {plan.size} is not a multiple of {shape.vae_factor}; try {nearest}")
     if args.cuda_graphs:
         problems += device_problems(device)
     if problems:
@@ -283,13 +295,15 @@ def check_flags_fit(args, concepts, shape, tokenizer, device):
 
 def make_plan(args, shape, accelerator):
     pairs = modifier_pairs(args)
-    latent_size = args.resolution // shape.vae_factor
+    size = args.resolution or shape.family.resolution
+    latent_size = size // shape.vae_factor
     images_per_sample = 2 if args.with_prior_preservation else 1
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     return Plan(
         pairs=pairs,
         tokens=[modifier for modifier, _ in pairs],
         weight_dtype=DTYPES[accelerator.mixed_precision],
+        size=size,
         latent_shape=(shape.latent_channels, latent_size, latent_size),
         images_per_sample=images_per_sample,
         samples_per_step=samples_per_step,
@@ -300,7 +314,13 @@ def make_plan(args, shape, accelerator):
 def make_settings(args, concepts, plan, shape, accelerator):
     """What the course of the run depends on."""
     return run_settings(
-        args, concepts, plan.tokens, accelerator.mixed_precision, plan.samples_per_step, shape.configuration
+        args,
+        concepts,
+        plan.tokens,
+        accelerator.mixed_precision,
+        plan.samples_per_step,
+        shape.configuration,
+        plan.size,
     )
 
 
@@ -330,29 +350,36 @@ def draw_class_images(args, concepts, source, accelerator, signals):
     )
 
 
-def make_model(args, source, tokenizer, plan, device):
-    """The model to train, with the modifier tokens added to `tokenizer`, and the VAE's encoder."""
-    unet, text_encoder, vae = load_models(source, plan.weight_dtype, device)
+def make_model(args, source, plan, device):
+    """The model to train, which knows the modifier tokens, and the VAE's encoder."""
+    unet, text, vae = load_models(source, plan.weight_dtype, device)
     install_trained_projections(unet, args.freeze_model)
     replace_frozen_layers(unet)
-    add_modifier_tokens(tokenizer, text_encoder, plan.pairs)
+    text.add_words(plan.pairs)
     cast_frozen(unet, plan.weight_dtype)
-    cast_frozen(text_encoder, plan.weight_dtype)
+    cast_frozen(text, plan.weight_dtype)
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         if plan.pairs:
-            text_encoder.gradient_checkpointing_enable()
-    return ConceptModel(unet, text_encoder, tokenizer, plan.tokens).train(), vae
+            for text_encoder in text.encoders:
+                text_encoder.gradient_checkpointing_enable()
+    return ConceptModel(unet, text).train(), vae
 
 
 def record_cuda_graphs(args, model, plan):
     """--cuda_graphs: the UNet's training passes, recorded for batches of one shape."""
     num_images = args.train_batch_size * plan.images_per_sample
-    features_shape = (num_images, model.tokenizer.model_max_length, model.unet.config.cross_attention_dim)
+    with torch.no_grad():
+        features, pooled = model.text.encode([""])
+    added = model.text.family.added_conditions(pooled, torch.zeros(1, 6))
     return RecordedUNet(
-        model.unet, (num_images, *plan.latent_shape), features_shape, features_need_grad=bool(plan.tokens)
+        model.unet,
+        (num_images, *plan.latent_shape),
+        (num_images, *features.shape[1:]),
+        {name: (num_images, *value.shape[1:]) for name, value in (added or {}).items()},
+        features_need_grad=bool(plan.tokens),
     )
 
 
@@ -365,7 +392,7 @@ def make_samples(args, concepts, plan, noise_scheduler):
     latent_channels, latent_size, _ = plan.latent_shape
     settings = SampleSettings(
         seed=args.seed,
-        size=args.resolution,
+        size=plan.size,
         latent_size=latent_size,
         latent_channels=latent_channels,
         num_train_timesteps=noise_scheduler.config.num_train_timesteps,
@@ -427,7 +454,6 @@ def make_run_folder(args, concepts, model, plan, settings, stateful):
     return RunFolder(
         path=Path(args.output_dir),
         model=model,
-        tokens=plan.tokens,
         settings=settings,
         validation_prompt=args.validation_prompt,
         formats=("bin",) if args.no_safe_serialization else ("safetensors", "bin"),
@@ -437,7 +463,7 @@ def make_run_folder(args, concepts, model, plan, settings, stateful):
     )
 
 
-def make_validation(args, source, noise_scheduler, plan, accelerator):
+def make_validation(args, source, shape, noise_scheduler, plan, accelerator):
     return Validation(
         accelerator,
         Path(args.output_dir),
@@ -445,9 +471,10 @@ def make_validation(args, source, noise_scheduler, plan, accelerator):
         noise_scheduler,
         prompt=args.validation_prompt,
         num_images=args.num_validation_images,
-        size=args.resolution,
+        size=plan.size,
         seed=args.seed,
         dtype=plan.weight_dtype,
+        pipeline_options=shape.pipeline_options,
     )
 
 
@@ -455,9 +482,9 @@ def make_bar(max_train_steps, step, accelerator):
     return ProgressBar(total=max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
 
 
-def start_trackers(args, accelerator):
+def start_trackers(args, plan, accelerator):
     """Hand all flags but the Hub's token to the trackers."""
-    public = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    public = {name: value for name, value in vars(args).items() if name != "hub_token"} | {"resolution": plan.size}
     accelerator.init_trackers("custom-diffusion", config=public)
 
 
@@ -475,7 +502,7 @@ def training_losses(model, batch, encoder, noise_scheduler, prior_loss_weight):
     latents = encoder(batch)
     noise, timesteps = batch["noise"], batch["timesteps"]
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-    model_pred = model(noisy_latents, timesteps, batch["prompts"])
+    model_pred = model(noisy_latents, timesteps, batch["prompts"], batch["time_ids"])
     target = prediction_target(noise_scheduler, latents, noise, timesteps)
     return custom_diffusion_losses(model_pred, target, batch["mask"], prior_loss_weight)
 

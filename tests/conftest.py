@@ -6,7 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; and the suite itse
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs a Hub brings its own
 
 import pytest
-from tiny import make_class_folder, make_model, make_pictures
+from tiny import make_class_folder, make_model, make_pictures, make_xl_model
 
 from custom_diffusion.weights.format import read_weights
 
@@ -21,6 +21,18 @@ def tiny_model(tmp_path_factory):
 def tiny_v_model(tmp_path_factory):
     """Folder of a random v-prediction model."""
     return make_model(tmp_path_factory.mktemp("models") / "tiny-v", "v_prediction", seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_xl_model(tmp_path_factory):
+    """Folder of a random model with two text encoders."""
+    return make_xl_model(tmp_path_factory.mktemp("models") / "tiny-xl", seed=2)
+
+
+@pytest.fixture(scope="session", params=["sd", "sdxl"])
+def any_model(request):
+    """Folder of a random model of each family."""
+    return request.getfixturevalue({"sd": "tiny_model", "sdxl": "tiny_xl_model"}[request.param])
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from custom_diffusion.training.augmentation import (
     PROMPT_PREFIXES,
     Augmentation,
     draw_augmentation,
+    draw_class_crop,
     photo_mask,
     render_class_image,
     render_photo,
@@ -25,6 +26,10 @@ SETTINGS = SampleSettings(
     seed=5, size=64, latent_size=16, latent_channels=4, num_train_timesteps=1000, center_crop=False, hflip=True,
     augment=True,
 )  # fmt: skip
+
+
+def class_image_of(image, rng, size, *, center_crop, flip):
+    return render_class_image(image, draw_class_crop(rng, *image.size, size, center_crop=center_crop, flip=flip), size)
 
 
 def shown(scale, left, top, size=(100, 100), padded=True):
@@ -78,7 +83,7 @@ def test_edges_are_not_sharpened():
     photo.paste(150, (47, 0, 100, 100))
     photo = photo.convert("RGB")
     shown_photo = render_photo(photo, shown(64, 0, 0), 64)
-    class_image = render_class_image(photo, np.random.default_rng(0), 64, center_crop=True, flip=False)
+    class_image = class_image_of(photo, np.random.default_rng(0), 64, center_crop=True, flip=False)
     for pixels in (shown_photo, class_image):
         levels = (pixels + 1) * 127.5
         assert levels.min() > 99.9 and levels.max() < 150.1 and len(levels[0, 0].unique()) > 2
@@ -146,13 +151,9 @@ def test_pictures_of_any_mode_become_rgb(tmp_path, mode):
 
 def test_class_images_keep_their_shape():
     ramp = np.broadcast_to(np.arange(128, dtype=np.uint8)[None, :, None], (64, 128, 3))
-    pixels = render_class_image(
-        Image.fromarray(ramp.copy()), np.random.default_rng(0), 64, center_crop=True, flip=False
-    )
+    pixels = class_image_of(Image.fromarray(ramp.copy()), np.random.default_rng(0), 64, center_crop=True, flip=False)
     assert torch.allclose((pixels[0, 0] + 1) * 127.5, torch.arange(32.0, 96.0))
-    mirrored = render_class_image(
-        Image.fromarray(ramp.copy()), np.random.default_rng(0), 64, center_crop=True, flip=True
-    )
+    mirrored = class_image_of(Image.fromarray(ramp.copy()), np.random.default_rng(0), 64, center_crop=True, flip=True)
     assert torch.equal(mirrored, pixels.flip(2))
 
 
@@ -160,7 +161,7 @@ def test_class_images_keep_their_shape():
 def test_class_images_are_mirrored_at_half_of_the_positions(pool_size, tmp_path):
     photos = [(p, "a cat") for p in make_pictures(tmp_path / "a", 1).iterdir()]
     classes = [(p, "cat") for p in make_pictures(tmp_path / "b", 1, (64, 64), seed=2).iterdir()]
-    plain = render_class_image(open_image(classes[0][0]), np.random.default_rng(0), 64, center_crop=True, flip=False)
+    plain = class_image_of(open_image(classes[0][0]), np.random.default_rng(0), 64, center_crop=True, flip=False)
     settings = replace(SETTINGS, center_crop=True, pool_size=pool_size)
     count = 200
     flipped = TrainingSamples(photos, classes, settings)
@@ -370,7 +371,7 @@ def test_class_images_get_the_size_on_their_shorter_side(size, result):
 
 def test_small_class_images_fill_the_canvas():
     white = Image.new("RGB", (40, 30), (255, 255, 255))
-    pixels = render_class_image(white, np.random.default_rng(0), 64, center_crop=False, flip=False)
+    pixels = class_image_of(white, np.random.default_rng(0), 64, center_crop=False, flip=False)
     assert torch.equal(pixels, torch.ones(3, 64, 64))
 
 
@@ -378,11 +379,11 @@ def test_class_images_are_cut_anywhere_but_in_their_middle_with_center_crop():
     ramp = np.broadcast_to(np.arange(103, dtype=np.uint8)[:, None, None], (103, 64, 3))
     image, rng = Image.fromarray(ramp.copy()), np.random.default_rng(0)
     tops = {
-        round(float((render_class_image(image, rng, 64, center_crop=False, flip=False)[0, 0, 0] + 1) * 127.5))
+        round(float((class_image_of(image, rng, 64, center_crop=False, flip=False)[0, 0, 0] + 1) * 127.5))
         for _ in range(400)
     }
     assert tops == set(range(40))
-    centred = render_class_image(image, rng, 64, center_crop=True, flip=False)
+    centred = class_image_of(image, rng, 64, center_crop=True, flip=False)
     assert round(float((centred[0, 0, 0] + 1) * 127.5)) == 19
 
 
@@ -419,7 +420,7 @@ class SignalsOfWorkers(TrainingSamples):
 
 def test_workers_leave_signals_to_the_main_process(samples):
     probe = SignalsOfWorkers([], samples.class_images, SETTINGS)
-    probe.photos = samples.photos
+    probe.photos, probe.photo_sizes = samples.photos, samples.photo_sizes
     batches = TrainingBatches(
         probe, Progress(0, 0), 1, num_workers=1, pin_memory=False, batch_size=1, accumulation=1, process_index=0,
         num_processes=1,

@@ -10,7 +10,7 @@ from launch import ROOT
 PACKAGE = ROOT / "custom_diffusion"
 # From the ground up. What stands on one floor does not import its neighbours.
 FLOORS = [
-    {"errors", "files", "images", "class_folder", "progress"},
+    {"errors", "files", "families", "images", "class_folder", "progress"},
     {"cli", "retrieval", "weights"},
     {"model"},
     {"training"},

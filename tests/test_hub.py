@@ -366,7 +366,7 @@ def test_training_command_keeps_everything_but_the_token(given, monkeypatch):
 def test_training_command_names_no_place_on_this_computer(joined, short, monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     places = ["pretrained_model_name_or_path", "instance_data_dir", "class_data_dir", "concepts_list", "output_dir",
-              "logging_dir", "tokenizer_name", "resume_from_checkpoint"]  # fmt: skip
+              "logging_dir", "tokenizer_name", "pretrained_vae_model_name_or_path", "resume_from_checkpoint"]  # fmt: skip
     argv, expected = ["/home/mary/train_custom_diffusion.py"], ["python", "train_custom_diffusion.py"]
     for name in places:
         flag = f"--{name[:-1] if short else name}"
@@ -379,6 +379,6 @@ def test_every_flag_of_training_that_takes_a_place_is_known():
     """A new flag is either listed as a place, or here as none."""
     none = {"help", "revision", "variant", "freeze_model", "modifier_token", "initializer_token", "instance_prompt",
             "class_prompt", "prior_generation_precision", "lr_scheduler", "validation_prompt", "report_to", "hub_token",
-            "hub_model_id", "mixed_precision"}  # fmt: skip
+            "hub_model_id", "mixed_precision", "prediction_type"}  # fmt: skip
     text = {action.dest for action in build_parser()._actions if action.nargs is None and action.type is None}
     assert text - none == set(PATH_FLAGS)

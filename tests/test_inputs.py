@@ -300,8 +300,22 @@ MODELS = {
     "no JSON": (lambda m: (m / "unet" / "config.json").write_text("{"), "cannot be read as a diffusers model"),
     "no UNet": (lambda m: shutil.rmtree(m / "unet"), "cannot be read as a diffusers model"),
     "no scheduler": (lambda m: shutil.rmtree(m / "scheduler"), "cannot be read as a diffusers model"),
-    "SDXL": (lambda m: edit(m / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
-                            _class_name="StableDiffusionXLPipeline"), "is a StableDiffusionXLPipeline"),
+    "SDXL without its second tokenizer": (
+        lambda m: edit(m / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
+                       _class_name="StableDiffusionXLPipeline"), "is a StableDiffusionXLPipeline; Stable Diffusion 1.x, 2.x"),
+    "refiner": (
+        lambda m: edit(m / "model_index.json", text_encoder=[None, None], tokenizer=[None, None],
+                       text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
+                       tokenizer_2=["transformers", "CLIPTokenizer"], _class_name="StableDiffusionXLImg2ImgPipeline"),
+        "is a StableDiffusionXLImg2ImgPipeline, the refiner of Stable Diffusion XL; Stable Diffusion 1.x, 2.x and XL"),
+    "Flux": (
+        lambda m: (m / "model_index.json").write_text(json.dumps({
+            "_class_name": "FluxPipeline", "text_encoder": ["transformers", "CLIPTextModel"],
+            "text_encoder_2": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+            "tokenizer_2": ["transformers", "T5TokenizerFast"], "transformer": ["diffusers", "FluxTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKL"]})), "is a FluxPipeline; Stable Diffusion 1.x, 2.x and XL"),
+    "other conditions": (
+        lambda m: edit(m / "unet" / "config.json", addition_embed_type="text_time"), "takes conditions that a"),
     "inpainting": (lambda m: edit(m / "unet" / "config.json", in_channels=9), "takes 9 input channels"),
     "other width": (lambda m: edit(m / "unet" / "config.json", cross_attention_dim=48), "of another width"),
     "sample prediction": (lambda m: edit(m / "scheduler" / "scheduler_config.json", prediction_type="sample"), "'sample' is not"),

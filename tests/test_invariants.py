@@ -19,52 +19,52 @@ from custom_diffusion.model.concept_model import ConceptModel, cast_frozen
 from custom_diffusion.model.loading import load_models, load_tokenizer
 from custom_diffusion.model.source import ModelSource
 from custom_diffusion.model.tokens import (
-    add_modifier_tokens,
     modifier_embeddings,
-    remove_modifier_tokens,
     token_problems,
 )
 from custom_diffusion.training.augmentation import PROMPT_PREFIXES
 from custom_diffusion.training.objective import custom_diffusion_losses
 from custom_diffusion.training.readback import read_back
 from custom_diffusion.training.validation import Validation
-from custom_diffusion.weights.format import ConceptWeights, write_weights
+from custom_diffusion.weights.format import write_weights
 
 PROMPTS = ["photo of a <new1> cat", "a <new2> pot", "photo of a cat", "a pot"]
 
 
 def make_concept_model(model, freeze_model="crossattn_kv", pairs=PAIRS, dtype=torch.float32):
-    source = ModelSource(str(model))
-    unet, text_encoder, vae = load_models(source, dtype, torch.device("cpu"))
-    tokenizer = load_tokenizer(source)
-    plain_tokenizer = copy.deepcopy(tokenizer)
+    unet, text, vae = load_models(ModelSource(str(model)), dtype, torch.device("cpu"))
+    plain_tokenizers = copy.deepcopy(text.tokenizers)
     install_trained_projections(unet, freeze_model)
-    add_modifier_tokens(tokenizer, text_encoder, pairs)
+    text.add_words(pairs)
     cast_frozen(unet, dtype)
-    cast_frozen(text_encoder, dtype)
-    return ConceptModel(unet, text_encoder, tokenizer, [token for token, _ in pairs]), plain_tokenizer, vae
+    cast_frozen(text, dtype)
+    return ConceptModel(unet, text), plain_tokenizers, vae
+
+
+def time_ids_for(prompts):
+    return torch.tensor([[70.0, 90, 3, 5, 64, 64], [300, 200, 0, 0, 64, 64]]).repeat(len(prompts), 1)[: len(prompts)]
 
 
 def step(concept_model, prompts=PROMPTS, learning_rate=1e-2):
     generator = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn(len(prompts), 4, 16, 16, generator=generator) for _ in range(2))
     optimizer = torch.optim.AdamW(concept_model.trained_parameters(), lr=learning_rate, fused=True)
-    pred = concept_model(latents, torch.tensor([100, 300, 500, 900])[: len(prompts)], prompts)
+    timesteps = torch.tensor([100, 300, 500, 900])[: len(prompts)]
+    pred = concept_model(latents, timesteps, prompts, time_ids_for(prompts))
     mask = torch.ones(len(prompts) // 2 or 1, 1, 16, 16)
     custom_diffusion_losses(pred, noise, mask, 1.0)["loss"].backward()
     optimizer.step()
 
 
 def write(folder, concept_model, pairs=PAIRS):
-    tensors, rows = concept_model.trained_tensors()
-    tokens = {token: row for (token, _), row in zip(pairs, rows)}
-    config = {"modifier_tokens": list(tokens)}
-    write_weights(folder, ConceptWeights(tensors, tokens, config), concept_model.unet, ("safetensors", "bin"))
+    weights = concept_model.trained_weights({"modifier_tokens": [token for token, _ in pairs]})
+    assert list(weights.tokens) == weights.config["modifier_tokens"]
+    write_weights(folder, weights, concept_model.unet, ("safetensors", "bin"))
 
 
 @pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])
-def test_a_step_changes_the_trained_parameters_and_nothing_else(tiny_model, freeze_model):
-    concept_model, _, vae = make_concept_model(tiny_model, freeze_model)
+def test_a_step_changes_the_trained_parameters_and_nothing_else(any_model, freeze_model):
+    concept_model, _, vae = make_concept_model(any_model, freeze_model)
     before = {name: p.detach().clone() for name, p in concept_model.named_parameters()}
     encoder = {name: p.detach().clone() for name, p in vae.named_parameters()}
     step(concept_model)
@@ -99,27 +99,31 @@ def test_removed_projections_are_plain_and_good_for_nothing_until_weights_are_lo
     assert {parameter.device.type for parameter in elsewhere.parameters()} == {"meta"}
 
 
-def test_without_tokens_the_embedding_stays_and_removing_them_puts_it_back(tiny_model):
-    with_tokens, without = (make_concept_model(tiny_model, pairs=pairs)[0].text_encoder for pairs in (PAIRS, []))
-    table = without.get_input_embeddings()
-    assert isinstance(table, torch.nn.Embedding) and not table.weight.requires_grad
-    assert modifier_embeddings(without) is None
-    for text_encoder in (with_tokens, without):
-        remove_modifier_tokens(text_encoder)
+def test_without_tokens_the_embedding_stays_and_removing_them_puts_it_back(any_model):
+    with_tokens, without = (make_concept_model(any_model, pairs=pairs)[0].text for pairs in (PAIRS, []))
+    tables = [text_encoder.get_input_embeddings() for text_encoder in without.encoders]
+    for table, text_encoder in zip(tables, without.encoders, strict=True):
+        assert isinstance(table, torch.nn.Embedding) and not table.weight.requires_grad
         assert modifier_embeddings(text_encoder) is None
-        assert torch.equal(text_encoder.get_input_embeddings().weight, table.weight)
-    assert without.get_input_embeddings() is table
+    for text in (with_tokens, without):
+        text.remove_words()
+        for table, text_encoder in zip(tables, text.encoders, strict=True):
+            assert modifier_embeddings(text_encoder) is None
+            assert torch.equal(text_encoder.get_input_embeddings().weight, table.weight)
+    for table, text_encoder in zip(tables, without.encoders):
+        assert text_encoder.get_input_embeddings() is table
 
 
-def test_modifier_rows_start_from_their_initializers(tiny_model):
-    concept_model, tokenizer, _ = make_concept_model(tiny_model)
-    table = concept_model.text_encoder.get_input_embeddings().base.weight
-    ids = tokenizer.convert_tokens_to_ids(["ktn</w>", "pll</w>"])
-    assert torch.equal(modifier_embeddings(concept_model.text_encoder), table[ids])
-    assert len(table) == len(tokenizer)
+def test_modifier_rows_start_from_their_initializers(any_model):
+    concept_model, tokenizers, _ = make_concept_model(any_model)
+    for text_encoder, tokenizer in zip(concept_model.text.encoders, tokenizers, strict=True):
+        table = text_encoder.get_input_embeddings().base.weight
+        ids = tokenizer.convert_tokens_to_ids(["ktn</w>", "pll</w>"])
+        assert torch.equal(modifier_embeddings(text_encoder), table[ids])
+        assert len(table) == len(tokenizer)
     # Before any step, a modifier token reads as its initializer.
-    features = concept_model.encode_prompts(["photo of a <new1> cat", "photo of a ktn cat"])
-    assert torch.equal(features[0], features[1])
+    for features in concept_model.text.encode(["photo of a <new1> cat", "photo of a ktn cat"]):
+        assert features is None or torch.equal(features[0], features[1])
 
 
 def test_no_gradient_through_the_start_token(tiny_model):
@@ -133,26 +137,28 @@ def test_no_gradient_through_the_start_token(tiny_model):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_masters_are_fp32_copies_of_fp32_weights(tiny_model, dtype):
-    concept_model, _, vae = make_concept_model(tiny_model, "crossattn_kv", dtype=dtype)
-    full = DiffusionPipeline.from_pretrained(tiny_model)
+def test_masters_are_fp32_copies_of_fp32_weights(any_model, dtype):
+    concept_model, _, vae = make_concept_model(any_model, "crossattn_kv", dtype=dtype)
+    full = DiffusionPipeline.from_pretrained(any_model)
     for name, parameter in trained_tensors(concept_model.unet).items():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, full.unet.get_parameter(name))
-    rows = modifier_embeddings(concept_model.text_encoder)
+    text = concept_model.text
     ids = full.tokenizer.convert_tokens_to_ids(["ktn</w>", "pll</w>"])
-    assert torch.equal(rows, full.text_encoder.get_input_embeddings().weight[ids])
-    frozen = [*concept_model.parameters(), *vae.parameters()]
-    assert {p.dtype for p in frozen if not p.requires_grad} == {dtype}
-    assert concept_model.text_encoder.dtype == dtype
+    for part, rows in zip(text.family.texts, text.trained_rows(), strict=True):
+        assert rows.dtype == torch.float32
+        assert torch.equal(rows, getattr(full, part.encoder).get_input_embeddings().weight[ids])
+    assert {p.dtype for p in concept_model.parameters() if not p.requires_grad} == {dtype}
+    assert {p.dtype for p in vae.parameters()} == {torch.float32 if text.family.vae_overflows else dtype}
+    assert text.dtype == dtype
 
 
-def test_bfloat16_trains_close_to_float32(tiny_model):
+def test_bfloat16_trains_close_to_float32(any_model):
     changes = []
     for dtype in (torch.float32, torch.bfloat16):
-        concept_model, _, _ = make_concept_model(tiny_model, "crossattn", dtype=dtype)
+        concept_model, _, _ = make_concept_model(any_model, "crossattn", dtype=dtype)
         latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-        pred = concept_model(latents, torch.tensor([100, 700]), PROMPTS[:2])
+        pred = concept_model(latents, torch.tensor([100, 700]), PROMPTS[:2], time_ids_for(PROMPTS[:2]))
         assert pred.dtype == dtype
         custom_diffusion_losses(pred, latents, torch.ones(2, 1, 16, 16), 1.0)["loss"].backward()
         changes.append(torch.cat([p.grad.flatten() for p in concept_model.trained_parameters()]))
@@ -160,63 +166,73 @@ def test_bfloat16_trains_close_to_float32(tiny_model):
     assert torch.nn.functional.cosine_similarity(*changes, dim=0) > 0.99
 
 
+def pipeline_features(pipe, prompts):
+    """As the pipeline itself encodes them: (B, T, D), and pooled (B, P) or None."""
+    encoded = pipe.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    return encoded[0], encoded[2] if len(encoded) == 4 else None
+
+
 @pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])
-def test_a_fresh_pipeline_predicts_what_was_trained(tmp_path, tiny_model, freeze_model):
-    concept_model, _, _ = make_concept_model(tiny_model, freeze_model)
+def test_a_fresh_pipeline_predicts_what_was_trained(tmp_path, any_model, freeze_model):
+    concept_model, _, _ = make_concept_model(any_model, freeze_model)
     step(concept_model)
     write(tmp_path, concept_model)
-    fresh = DiffusionPipeline.from_pretrained(tiny_model)
+    fresh = DiffusionPipeline.from_pretrained(any_model)
     load_custom_diffusion(fresh, tmp_path)
     latents = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     timesteps = torch.tensor([1, 300, 600, 999])
+    time_ids = time_ids_for(PROMPTS)
     with torch.no_grad():
-        trained = concept_model(latents, timesteps, PROMPTS)
-        ids = fresh.tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        loaded = fresh.unet(latents, timesteps, fresh.text_encoder(ids)[0]).sample
+        trained = concept_model(latents, timesteps, PROMPTS, time_ids)
+        features, pooled = pipeline_features(fresh, PROMPTS)
+        added = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
+        loaded = fresh.unet(latents, timesteps, features, added_cond_kwargs=added).sample
     assert (trained - loaded).abs().max() <= 1e-5 * trained.abs().max()
 
 
-def read_back_of(tmp_path, tiny_model, concept_model, tokenizer):
-    scheduler = DDPMScheduler.from_pretrained(tiny_model, subfolder="scheduler")
+def read_back_of(tmp_path, any_model, concept_model, tokenizers):
+    scheduler = DDPMScheduler.from_pretrained(any_model, subfolder="scheduler")
     validation = Validation(
-        Accelerator(cpu=True), tmp_path, ModelSource(str(tiny_model)), scheduler, prompt=None, num_images=2, size=64,
-        seed=0, dtype=torch.float32,
+        Accelerator(cpu=True), tmp_path, ModelSource(str(any_model)), scheduler, prompt=None, num_images=2, size=64,
+        seed=0, dtype=torch.float32, pipeline_options=concept_model.text.family.pipeline_options,
     )  # fmt: skip
     return read_back(
-        tmp_path, concept_model, validation.pipeline, tokenizer, prompt=PROMPTS[0], latent_shape=(1, 4, 16, 16)
+        tmp_path, concept_model, validation.pipeline, tokenizers, prompt=PROMPTS[0], latent_shape=(1, 4, 16, 16)
     )
 
 
-def test_read_back_notices_wrong_weights(tmp_path, tiny_model):
-    concept_model, tokenizer, _ = make_concept_model(tiny_model)
+def test_read_back_notices_wrong_weights(tmp_path, any_model):
+    concept_model, tokenizers, _ = make_concept_model(any_model)
     step(concept_model)
     write(tmp_path, concept_model)
     step(concept_model)  # the folder is now a step behind
     with pytest.raises(RuntimeError, match="do not predict what was trained"):
-        read_back_of(tmp_path, tiny_model, concept_model, tokenizer)
+        read_back_of(tmp_path, any_model, concept_model, tokenizers)
 
 
-def test_read_back_returns_the_loaded_pipeline(tmp_path, tiny_model):
-    concept_model, tokenizer, _ = make_concept_model(tiny_model, "crossattn")
+def test_read_back_returns_the_loaded_pipeline(tmp_path, any_model):
+    concept_model, tokenizers, _ = make_concept_model(any_model, "crossattn")
     step(concept_model)
     write(tmp_path, concept_model)
     expected = {name: p.detach().clone() for name, p in trained_tensors(concept_model.unet).items()}
-    pipeline = read_back_of(tmp_path, tiny_model, concept_model, tokenizer)
+    pipeline = read_back_of(tmp_path, any_model, concept_model, tokenizers)
     for name, tensor in expected.items():
         assert torch.equal(pipeline.unet.get_parameter(name), tensor)
     assert "<new1>" in pipeline.tokenizer.get_vocab()
 
 
-def test_class_prompts_are_encoded_once(tiny_model):
-    concept_model, _, _ = make_concept_model(tiny_model)
-    calls = []
-    concept_model.text_encoder.register_forward_hook(lambda *_: calls.append(1))
-    first = concept_model.encode_prompts(PROMPTS)
-    assert len(calls) == 3  # the prompts with modifier tokens together, and each of the others
-    second = concept_model.encode_prompts(PROMPTS)
-    assert len(calls) == 4
-    assert torch.equal(first, second)
-    assert not concept_model.constant_features["a pot"].requires_grad
+def test_class_prompts_are_encoded_once(any_model):
+    concept_model, _, _ = make_concept_model(any_model)
+    text, calls = concept_model.text, []
+    for text_encoder in text.encoders:
+        text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    first = text.encode(PROMPTS)
+    assert len(calls) == 3 * len(text.encoders)  # the prompts with modifier tokens together, and each of the others
+    second = text.encode(PROMPTS)
+    assert len(calls) == 4 * len(text.encoders)
+    for one, other in zip(first, second):
+        assert (one is None and other is None) or torch.equal(one, other)
+    assert not any(part.requires_grad for part in text.constant_features["a pot"] if part is not None)
 
 
 def test_tokenizer_checks(tiny_model):

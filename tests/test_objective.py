@@ -11,9 +11,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from custom_diffusion.class_folder import read_class_folder
 from custom_diffusion.model.attention import install_trained_projections, trained_tensors
 from custom_diffusion.model.concept_model import ConceptModel
-from custom_diffusion.model.loading import load_models, load_tokenizer
+from custom_diffusion.model.loading import load_models
 from custom_diffusion.model.source import ModelSource
-from custom_diffusion.model.tokens import add_modifier_tokens, modifier_embeddings
 from custom_diffusion.training.latents import LatentEncoder
 from custom_diffusion.training.objective import custom_diffusion_losses, masked_loss, prediction_target
 from custom_diffusion.training.samples import SampleSettings, TrainingSamples, collate
@@ -83,12 +82,11 @@ def plain_loss_and_gradients(model, batch, freeze_model):
 
 def our_loss_and_gradients(model, batch, freeze_model):
     source = ModelSource(str(model))
-    unet, text_encoder, vae = load_models(source, torch.float32, torch.device("cpu"))
-    tokenizer = load_tokenizer(source)
+    unet, text, vae = load_models(source, torch.float32, torch.device("cpu"))
     scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
     install_trained_projections(unet, freeze_model)
-    add_modifier_tokens(tokenizer, text_encoder, PAIRS)
-    concept_model = ConceptModel(unet, text_encoder, tokenizer, [modifier for modifier, _ in PAIRS])
+    text.add_words(PAIRS)
+    concept_model = ConceptModel(unet, text)
     latents = LatentEncoder(vae, None)(batch)
     noisy = scheduler.add_noise(latents, batch["noise"], batch["timesteps"])
     pred = concept_model(noisy, batch["timesteps"], batch["prompts"])
@@ -96,7 +94,7 @@ def our_loss_and_gradients(model, batch, freeze_model):
     loss = custom_diffusion_losses(pred, target, batch["mask"], PRIOR_LOSS_WEIGHT)["loss"]
     loss.backward()
     gradients = to_file_keys({name: p.grad for name, p in trained_tensors(unet).items()}, [], None)
-    return loss, gradients, modifier_embeddings(text_encoder).grad
+    return loss, gradients, text.trained_rows()[0].grad
 
 
 @pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])

@@ -13,6 +13,7 @@ from custom_diffusion.training.settings import check_resumable, run_settings, we
 # Recorded under their own name, at least where they matter: the last three with a schedule, or with a pool of latents.
 COURSE = {
     "pretrained_model_name_or_path", "revision", "variant", "tokenizer_name", "freeze_model", "initializer_token",
+    "pretrained_vae_model_name_or_path", "prediction_type",
     "with_prior_preservation", "real_prior", "prior_loss_weight", "num_class_images", "resolution", "center_crop", "hflip",
     "noaug", "seed", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2",
     "adam_weight_decay", "adam_epsilon", "use_8bit_adam", "max_grad_norm", "cache_latents", "train_batch_size",
@@ -33,7 +34,7 @@ CONCEPTS = [Concept("photo of a <new1> cat", Path(__file__).parent, "cat", None)
 
 def settings(*flags):
     args = build_parser().parse_args(["--pretrained_model_name_or_path", "base", *flags])
-    return run_settings(args, CONCEPTS, ["<new1>"], args.mixed_precision or "no", 4, "0" * 16)
+    return run_settings(args, CONCEPTS, ["<new1>"], args.mixed_precision or "no", 4, "0" * 16, 512)
 
 
 def test_every_flag_is_known_as_part_of_the_course_or_not():
@@ -53,8 +54,9 @@ def test_flags_are_recorded_as_they_are():
     flags = ["--lr_scheduler", "cosine", "--cache_latents", "--max_train_steps", "9", "--num_train_epochs", "3"]
     args = build_parser().parse_args(["--pretrained_model_name_or_path", "base", *flags])
     recorded = settings(*flags)
-    for name in COURSE - {"mixed_precision"}:
+    for name in COURSE - {"mixed_precision", "resolution"}:
         assert recorded[name] == getattr(args, name), name
+    assert recorded["resolution"] == 512  # as it is in effect
 
 
 @pytest.mark.parametrize("name", sorted(COURSE - {"train_batch_size", "gradient_accumulation_steps"}))
@@ -62,7 +64,7 @@ def test_a_flag_of_the_course_that_changes_is_told_or_refused(name):
     before = settings("--lr_scheduler", "cosine", "--cache_latents")
     now = before | {name: "another"}
     told = []
-    if name in ("freeze_model", "use_8bit_adam"):
+    if name in ("freeze_model", "use_8bit_adam", "prediction_type"):
         with pytest.raises(ValueError, match=name):
             check_resumable(before, now, told.append)
     else:
@@ -76,13 +78,13 @@ def test_concepts_are_recorded_by_prompt_photos_and_class(tmp_path):
     concepts = [Concept("a <new1> cat", tmp_path / "b", "cat", None)]
     model = ["--pretrained_model_name_or_path", "base"]
     args = build_parser().parse_args([*model, "--with_prior_preservation"])
-    recorded = run_settings(args, concepts, ["<new1>"], "bf16", 6, "digest")
+    recorded = run_settings(args, concepts, ["<new1>"], "bf16", 6, "digest", 512)
     assert recorded["concepts"] == [
         {"instance_prompt": "a <new1> cat", "photos": ["0.jpg", "1.jpg"], "class_prompt": "cat"}
     ]
     assert (recorded["mixed_precision"], recorded["samples_per_step"]) == ("bf16", 6)
     assert (recorded["model_configuration"], recorded["modifier_tokens"]) == ("digest", ["<new1>"])
-    without = run_settings(build_parser().parse_args(model), concepts, ["<new1>"], "no", 6, "digest")
+    without = run_settings(build_parser().parse_args(model), concepts, ["<new1>"], "no", 6, "digest", 512)
     assert without["concepts"][0]["class_prompt"] is None
 
 
@@ -106,13 +108,14 @@ def test_what_is_handed_on_has_all_settings_but_the_names_of_photos(tmp_path):
     args = build_parser().parse_args(
         ["--pretrained_model_name_or_path", "me/base", "--revision", "v1", "--variant", "fp16"]
     )
-    recorded = run_settings(args, concepts, ["<new1>"], "no", 4, "digest")
-    config = weights_config(recorded, 7, "a <new1> cat in a bucket")
+    recorded = run_settings(args, concepts, ["<new1>"], "no", 4, "digest", 512)
+    config = weights_config(recorded, 7, "a <new1> cat in a bucket", "Stable Diffusion")
     versions = config.pop("versions")
     assert versions == {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
     told = [{"instance_prompt": "a <new1> cat", "class_prompt": None, "num_photos": 3}]
     assert config == {
-        "base_model": "me/base", "revision": "v1", "variant": "fp16", "freeze_model": "crossattn_kv",
+        "base_model": "me/base", "revision": "v1", "variant": "fp16", "family": "Stable Diffusion",
+        "freeze_model": "crossattn_kv",
         "modifier_tokens": ["<new1>"], "concepts": told, "steps": 7, "validation_prompt": "a <new1> cat in a bucket",
         "settings": recorded | {"concepts": told},
     }  # fmt: skip

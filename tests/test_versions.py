@@ -139,8 +139,8 @@ def test_text_encoder_is_read_exactly_or_refused_whatever_version_wrote_it(tiny_
 def test_half_precision_files_start_training_in_float32(tiny_model, tmp_path):
     """transformers 5 loads in the precision of the file, older ones in float32, and each names the argument otherwise."""
     source = rewrite_text_encoder(tiny_model, tmp_path / "model", lambda t: {n: x.half() for n, x in t.items()})
-    _, text_encoder, _ = load_models(source, torch.float32, torch.device("cpu"))
-    assert {parameter.dtype for parameter in text_encoder.parameters()} == {torch.float32}
+    _, text, _ = load_models(source, torch.float32, torch.device("cpu"))
+    assert {parameter.dtype for parameter in text.parameters()} == {torch.float32}
     assert {parameter.dtype for parameter in load_text_encoder(source, torch.device("cpu")).parameters()} == {
         torch.float32
     }

@@ -5,14 +5,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 WORDS = ["photo", "of", "a", "cat", "wooden", "pot", "person", "ktn", "pll", "ucd", "sitting", "in", "bucket", "the"]
 
 
-def make_tokenizer(folder: Path) -> CLIPTokenizer:
+def make_tokenizer(folder: Path, **options) -> CLIPTokenizer:
     """A byte-level CLIP tokenizer with every word of WORDS as one token, through real merge rules."""
     characters = [chr(c) for c in range(33, 127)]
     vocabulary = {symbol: i for i, symbol in enumerate(characters + [c + "</w>" for c in characters])}
@@ -29,7 +36,7 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=16)
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=16, **options)
 
 
 def make_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0, width: int = 32) -> Path:
@@ -48,11 +55,7 @@ def make_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0, wi
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=width, attention_head_dim=4, norm_num_groups=8,
     )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(16, 16, 32), down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=4, norm_num_groups=8,
-        sample_size=64,
-    )  # fmt: skip
+    vae = make_vae()
     # Random attention is nearly uniform; sharper text features make prompts matter as they do in a real model.
     with torch.no_grad():
         text_encoder.get_input_embeddings().weight.mul_(20)
@@ -63,6 +66,53 @@ def make_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0, wi
             clip_sample=False, steps_offset=1,
         ),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def make_vae(**options) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(16, 16, 32), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=4, norm_num_groups=8,
+        sample_size=64, **options,
+    )  # fmt: skip
+
+
+def make_xl_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+    """A random model of SDXL's architecture: 64 px, latents 16 x 16, seven attentions, text encoders of 32 and 40 values.
+
+    As in SDXL itself, the second tokenizer pads with "!", and the text encoders' configuration names 2 as the end token.
+    """
+    torch.manual_seed(seed)
+    tokenizers = [make_tokenizer(folder / "tokenizer"), make_tokenizer(folder / "tokenizer_2", pad_token="!")]
+    encoders = [
+        kind(
+            CLIPTextConfig(
+                vocab_size=len(tokenizers[0]), hidden_size=width, intermediate_size=64, num_hidden_layers=3,
+                num_attention_heads=4, max_position_embeddings=16, projection_dim=24, bos_token_id=0, eos_token_id=2,
+                pad_token_id=1, hidden_act=activation,
+            )
+        )
+        for kind, width, activation in ((CLIPTextModel, 32, "quick_gelu"), (CLIPTextModelWithProjection, 40, "gelu"))
+    ]  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2), use_linear_projection=True, cross_attention_dim=72,
+        attention_head_dim=(4, 8), norm_num_groups=8, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 24,
+    )  # fmt: skip
+    with torch.no_grad():
+        for encoder in encoders:
+            encoder.get_input_embeddings().weight.mul_(20)
+    pipeline = StableDiffusionXLPipeline(
+        vae=make_vae(scaling_factor=0.13025), text_encoder=encoders[0], text_encoder_2=encoders[1],
+        tokenizer=tokenizers[0], tokenizer_2=tokenizers[1], unet=unet,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type,
+            timestep_spacing="leading", steps_offset=1,
+        ),
     )  # fmt: skip
     pipeline.save_pretrained(folder)
     return folder

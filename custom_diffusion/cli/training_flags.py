@@ -50,11 +50,17 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--pretrained_model_name_or_path",
         required=True,
-        help="Folder or Hub id of a Stable Diffusion 1.x or 2.x model.",
+        help="Folder or Hub id of a Stable Diffusion 1.x, 2.x or XL model.",
     )
     add("--revision", help="Branch, tag or commit of the model on the Hub.")
     add("--variant", help="Variant of the model's weight files, for example fp16.")
-    add("--tokenizer_name", help="Tokenizer folder or Hub id, if not the model's own.")
+    add("--tokenizer_name", help="Tokenizer folder or Hub id, if not the model's own (for XL: its first).")
+    add("--pretrained_vae_model_name_or_path", help="VAE folder or Hub id, if not the model's own.")
+    add(
+        "--prediction_type",
+        choices=["epsilon", "v_prediction"],
+        help="What the model predicts, if not what its scheduler's configuration says.",
+    )
     add(
         "--freeze_model",
         default="crossattn_kv",
@@ -97,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("images")
     add = group.add_argument
-    add("--resolution", type=int, default=512, help="Side of the training images in pixels.")
+    add("--resolution", type=int, help="Side of the training images in pixels (default: 512; for XL: 1024).")
     add("--center_crop", action="store_true", help="Crop images to a square at the centre instead of at random.")
     add("--hflip", action="store_true", help="Flip images at random.")
     add("--noaug", action="store_true", help="Do not vary the size of the photos (faces).")

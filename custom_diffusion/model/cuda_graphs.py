@@ -26,18 +26,26 @@ class RecordedUNet:
     optimizer has freed are made anew before a replay adds to them.
 
     Args:
-        latents_shape, features_shape, features_need_grad: as in `record_unet`.
+        latents_shape, features_shape, added_shapes, features_need_grad: as in `record_unet`.
     """
 
     def __init__(
-        self, unet: UNet2DConditionModel, latents_shape: tuple, features_shape: tuple, *, features_need_grad: bool
+        self,
+        unet: UNet2DConditionModel,
+        latents_shape: tuple,
+        features_shape: tuple,
+        added_shapes: dict[str, tuple] | None = None,
+        *,
+        features_need_grad: bool,
     ):
         if unet.is_gradient_checkpointing:
             unet.enable_gradient_checkpointing(_checkpoint)
         self.unet = unet
         self._trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         self._forward = unet.forward
-        self._replay = record_unet(unet, latents_shape, features_shape, features_need_grad=features_need_grad)
+        self._replay = record_unet(
+            unet, latents_shape, features_shape, added_shapes, features_need_grad=features_need_grad
+        )
         unet.forward = self._predict
 
     def _predict(self, *args, **kwargs):
@@ -46,7 +54,7 @@ class RecordedUNet:
         for parameter in self._trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return (self._replay(*args),)
+        return (self._replay(*args, kwargs.get("added_cond_kwargs")),)
 
     def remove(self) -> None:
         """Let the UNet compute by itself again, and free the recording as soon as no prediction of it is left."""
@@ -63,8 +71,13 @@ def _checkpoint(module, *args):
 
 
 def record_unet(
-    unet: UNet2DConditionModel, latents_shape: tuple, features_shape: tuple, *, features_need_grad: bool
-) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    unet: UNet2DConditionModel,
+    latents_shape: tuple,
+    features_shape: tuple,
+    added_shapes: dict[str, tuple] | None = None,
+    *,
+    features_need_grad: bool,
+) -> Callable[..., torch.Tensor]:
     """Record a prediction and its gradients.
 
     Every trained parameter gets a gradient of zeros, and must have one whenever the recording is replayed: without it,
@@ -73,22 +86,33 @@ def record_unet(
     Args:
         unet: on a CUDA device; its parameters may change their values from now on, not their places.
         latents_shape: (B, C, h, w) of every batch. features_shape: (B, T, D).
-        features_need_grad: whether text features are trained.
+        added_shapes: of `Family.added_conditions`, by name.
+        features_need_grad: whether text features, pooled ones included, are trained.
     Returns:
-        (noisy latents, timesteps, text features) -> (B, C, h, w), for training batches of these shapes only. The prediction is
-        overwritten by the next one.
+        (noisy latents, timesteps, text features, added conditions or None) -> (B, C, h, w), for training batches of these
+        shapes only. The prediction is overwritten by the next one.
     """
     trained = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+    names = list(added_shapes or {})
 
-    def predict(noisy_latents, timesteps, features, *values):
+    def predict(noisy_latents, timesteps, features, *rest):
+        added = dict(zip(names, rest)) or None
+        values = dict(zip(trained, rest[len(names) :]))
         batch = (noisy_latents, timesteps, features)
-        return functional_call(unet, dict(zip(trained, values)), batch, {"return_dict": False})[0]
+        return functional_call(unet, values, batch, {"added_cond_kwargs": added, "return_dict": False})[0]
+
+    def text(shape):
+        return torch.zeros(shape, dtype=unet.dtype, device=unet.device, requires_grad=features_need_grad)
 
     latents = torch.zeros(latents_shape, dtype=unet.dtype, device=unet.device)
     samples = (
         latents.to(memory_format=torch.channels_last),  # as the VAE leaves them
         torch.zeros(latents_shape[0], dtype=torch.int64, device=unet.device),
-        torch.zeros(features_shape, dtype=unet.dtype, device=unet.device, requires_grad=features_need_grad),
+        text(features_shape),
+        *(
+            torch.zeros(shape, device=unet.device) if name == "time_ids" else text(shape)
+            for name, shape in (added_shapes or {}).items()
+        ),
     )
     # The parameters are arguments so that their gradients are recorded too. Other tensors over the same memory stand for
     # them meanwhile: autograd ties a parameter to the stream that it first meets it on, which must not be the recording's.
@@ -96,4 +120,8 @@ def record_unet(
     replay = torch.cuda.make_graphed_callables(predict, (*samples, *aliases))
     for parameter in trained.values():
         parameter.grad = torch.zeros_like(parameter)
-    return lambda noisy_latents, timesteps, features: replay(noisy_latents, timesteps, features, *trained.values())
+
+    def replayed(noisy_latents, timesteps, features, added=None):
+        return replay(noisy_latents, timesteps, features, *(added[name] for name in names), *trained.values())
+
+    return replayed

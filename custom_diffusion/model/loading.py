@@ -4,56 +4,72 @@ import warnings
 from collections.abc import Iterable
 
 import torch
+import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from custom_diffusion.errors import InputError, first_line
+from custom_diffusion.families import STABLE_DIFFUSION, Family, TextPart
 from custom_diffusion.files import MODEL_INDEX
-from custom_diffusion.model.source import ModelSource, unet_files
+from custom_diffusion.model.source import VAE_FLAG, ModelSource, read_index, read_vae_config, unet_files
+from custom_diffusion.model.text_encoders import TextEncoders
 from custom_diffusion.weights.format import ConceptWeights
 
 # What `ModelSource.reading` says.
 NOT_A_MODEL = f"cannot be read as a Stable Diffusion model ({{reason}}); give a folder with {MODEL_INDEX} or a Hub id"
 NO_WEIGHTS = "has weights that cannot be loaded ({reason})"
+ONLY_TEXT = STABLE_DIFFUSION.texts[0]
 
 
-def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Raises InputError if there is none."""
-    path, subfolder, flag = source.path, "tokenizer", source.flag
-    if source.tokenizer:
+def load_tokenizers(source: ModelSource, family: Family) -> list[PreTrainedTokenizerBase]:
+    """One for each text encoder. Raises InputError if one is missing."""
+    return [load_tokenizer(source, part) for part in family.texts]
+
+
+def load_tokenizer(source: ModelSource, part: TextPart = ONLY_TEXT) -> PreTrainedTokenizerBase:
+    """Raises InputError if there is none. `source.tokenizer` stands for the first of several."""
+    path, subfolder, flag = source.path, part.tokenizer, source.flag
+    if source.tokenizer and part.tokenizer == ONLY_TEXT.tokenizer:
         path, subfolder, flag = source.tokenizer, "", "--tokenizer_name"
     try:
         return AutoTokenizer.from_pretrained(path, subfolder=subfolder, revision=source.revision)
     except Exception as error:  # as in `ModelSource.reading`
-        raise InputError(f"{flag}: '{path}' has no tokenizer that can be read ({first_line(error)})") from None
+        raise InputError(f"{flag}: '{path}' has no {part.tokenizer} that can be read ({first_line(error)})") from None
 
 
 def load_models(
     source: ModelSource, dtype: torch.dtype, device: torch.device
-) -> tuple[UNet2DConditionModel, CLIPTextModel, AutoencoderKL]:
-    """UNet, text encoder and VAE encoder, as training starts from them; see below for their precision.
+) -> tuple[UNet2DConditionModel, TextEncoders, AutoencoderKL]:
+    """UNet, text encoders and VAE encoder, as training starts from them; see below for their precision.
 
     Raises:
         InputError: a weight file is missing or damaged.
     """
     # The decoder goes before the UNet comes, so that it never counts in the peak of memory.
-    vae = encoder_only(load_vae(source, dtype, device))
-    text_encoder = load_text_encoder(source, device)
-    return load_unet(source, dtype, device), text_encoder, vae
+    vae = encoder_only(load_vae(source, vae_dtype(source, dtype), device))
+    text = load_text(source, device)
+    return load_unet(source, dtype, device), text, vae
 
 
-def load_text_encoder(source: ModelSource, device: torch.device) -> CLIPTextModel:
+def load_text(source: ModelSource, device: torch.device) -> TextEncoders:
+    """All text encoders of the model with their tokenizers, in float32, for inference. Raises InputError."""
+    family, _ = read_index(source)
+    tokenizers = load_tokenizers(source, family)
+    return TextEncoders(family, tokenizers, [load_text_encoder(source, device, part) for part in family.texts])
+
+
+def load_text_encoder(source: ModelSource, device: torch.device, part: TextPart = ONLY_TEXT) -> PreTrainedModel:
     """In float32, for inference.
 
     Raises:
         InputError: it cannot be loaded, or lacks weights: transformers would only warn of that, and leave them random.
     """
     with source.reading(NO_WEIGHTS):
-        text_encoder, report = CLIPTextModel.from_pretrained(
+        text_encoder, report = getattr(transformers, part.class_name).from_pretrained(
             source.path,
-            subfolder="text_encoder",
+            subfolder=part.encoder,
             revision=source.revision,
             variant=source.variant,
             device_map=straight_to(device),
@@ -61,8 +77,8 @@ def load_text_encoder(source: ModelSource, device: torch.device) -> CLIPTextMode
         )
         if missing := report["missing_keys"]:
             raise ValueError(
-                f"{len(missing)} weights of its text encoder are missing, {min(missing)} first; models saved by "
-                "transformers 5.6 or newer may need it to be read: pip install --upgrade transformers"
+                f"{len(missing)} weights of its {part.encoder.replace('_', ' ')} are missing, {min(missing)} first; models "
+                "saved by transformers 5.6 or newer may need it to be read: pip install --upgrade transformers"
             )
     # Not by an argument: older versions of transformers call it `torch_dtype`, newer ones `dtype`.
     return text_encoder.float().eval()
@@ -86,18 +102,24 @@ class _UNetWithFullCrossAttention(UNet2DConditionModel):
     _keep_in_fp32_modules = ["attn2"]  # noqa: RUF012 (diffusers reads it as a class attribute)
 
 
+def vae_dtype(source: ModelSource, dtype: torch.dtype) -> torch.dtype:
+    """The precision in which the VAE encodes, where all else is in `dtype`: float32 unless half precision is safe for it."""
+    family, _ = read_index(source)
+    if not family.vae_overflows or not read_vae_config(source).get("force_upcast", True):
+        return dtype
+    return torch.float32
+
+
 def load_vae(source: ModelSource, dtype: torch.dtype, device: torch.device, *, again: bool = False) -> AutoencoderKL:
     """The whole VAE, frozen, on the device. `again` takes what was downloaded before, and does not ask the Hub."""
-    with source.reading(NO_WEIGHTS):
-        vae = AutoencoderKL.from_pretrained(
-            source.path,
-            subfolder="vae",
-            torch_dtype=dtype,
-            revision=source.revision,
-            variant=source.variant,
-            local_files_only=again,
-            device_map=straight_to(device),
-        )
+    options = {"torch_dtype": dtype, "local_files_only": again, "device_map": straight_to(device)}
+    if source.vae is None:
+        place = {"subfolder": "vae", "revision": source.revision, "variant": source.variant}
+        with source.reading(NO_WEIGHTS):
+            vae = AutoencoderKL.from_pretrained(source.path, **place, **options)
+    else:
+        with ModelSource(source.vae, flag=VAE_FLAG, asked=source.asked).reading(NO_WEIGHTS):
+            vae = AutoencoderKL.from_pretrained(source.vae, **options)
     return lay_out(vae.requires_grad_(False))
 
 
@@ -123,24 +145,36 @@ def lay_out(module: nn.Module) -> nn.Module:
     return module if module.device.type == "cpu" else module.to(memory_format=torch.channels_last)
 
 
-def load_pipeline(source: ModelSource, dtype: torch.dtype, **parts) -> DiffusionPipeline:
-    """The model as a pipeline, on the CPU; `parts` (safety_checker=None...) as diffusers takes them.
+def load_pipeline(source: ModelSource, dtype: torch.dtype, *, safety_checker: bool = True) -> DiffusionPipeline:
+    """The model as a pipeline, on the CPU, with the VAE and the prediction type that `source` names.
 
+    Args:
+        safety_checker: False leaves out the one that the model may bring.
     Raises:
         InputError: it cannot be loaded.
     """
-    text_encoder = load_text_encoder(source, torch.device("cpu")).to(dtype)
+    family, _ = read_index(source)
+    cpu = torch.device("cpu")
+    parts = {part.encoder: load_text_encoder(source, cpu, part).to(dtype) for part in family.texts}
+    if source.vae is not None:
+        parts["vae"] = load_vae(source, dtype, cpu)
+    if not safety_checker and "safety_checker" in family.pipeline_options:
+        parts["safety_checker"] = None
     with source.reading(NOT_A_MODEL), warnings.catch_warnings():
         # `dtype`, which newer versions of diffusers ask for instead, is unknown to the older ones.
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
-        return DiffusionPipeline.from_pretrained(
+        pipe = DiffusionPipeline.from_pretrained(
             source.path,
             torch_dtype=dtype,
             revision=source.revision,
             variant=source.variant,
-            text_encoder=text_encoder,
             **parts,
         )
+        if source.prediction_type is not None:
+            pipe.scheduler = type(pipe.scheduler).from_config(
+                pipe.scheduler.config, prediction_type=source.prediction_type
+            )
+    return pipe
 
 
 def empty_unet(source: ModelSource) -> UNet2DConditionModel:

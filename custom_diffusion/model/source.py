@@ -4,17 +4,21 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig
 
-from custom_diffusion.errors import InputError, first_line
+from custom_diffusion.errors import InputError, first_line, warn
+from custom_diffusion.families import SUPPORTED, Family, family_of, what_it_is
 from custom_diffusion.files import MODEL_INDEX
 
 UNET_FILE = "diffusion_pytorch_model"
+VAE_FLAG = "--pretrained_vae_model_name_or_path"
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+NOT_DIFFUSERS = f"cannot be read as a diffusers model ({{reason}}); give a folder with {MODEL_INDEX} or a Hub id"
 
 
 @dataclass(frozen=True)
@@ -22,9 +26,11 @@ class ModelSource:
     """A model's folder or Hub id, and which version of it.
 
     Attributes:
-        tokenizer: another tokenizer's folder or Hub id.
+        tokenizer: another (first) tokenizer's folder or Hub id.
         flag: which flag names the model, for messages.
         asked: the user named it now; if not, the weights do.
+        vae: another VAE's folder or Hub id.
+        prediction_type: what the UNet predicts, if not what the model's scheduler says.
     """
 
     path: str
@@ -33,6 +39,8 @@ class ModelSource:
     tokenizer: str | None = None
     flag: str = "--model"
     asked: bool = True
+    vae: str | None = None
+    prediction_type: str | None = None
 
     @contextmanager
     def reading(self, says: str) -> Iterator[None]:
@@ -50,11 +58,15 @@ class ModelSource:
 def base_of(config: dict, model: str | None, revision: str | None, variant: str | None) -> ModelSource:
     """The model that `--model` names, or else the one that the weights' settings name.
 
+    Either is drawn with as it was trained: with the VAE and the prediction type of the settings, where they name any.
+
     Raises:
         InputError: neither says which it is.
     """
+    settings = config.get("settings", {})
+    trained_as = {"vae": _vae_of(settings), "prediction_type": settings.get("prediction_type")}
     if model is not None:
-        return ModelSource(model, revision, variant)
+        return ModelSource(model, revision, variant, **trained_as)
     base = config.get("base_model")
     if not base:
         raise InputError("--model: the weights do not say which model they were trained on; give it")
@@ -62,7 +74,16 @@ def base_of(config: dict, model: str | None, revision: str | None, variant: str 
         raise InputError(
             f"--model: the weights were trained on '{base}', which is not there; say where the model is now"
         )
-    return ModelSource(base, config.get("revision"), config.get("variant"), asked=False)
+    return ModelSource(base, config.get("revision"), config.get("variant"), asked=False, **trained_as)
+
+
+def _vae_of(settings):
+    """The VAE that the weights were trained with, if it was another than the model's and can be had."""
+    vae = settings.get("pretrained_vae_model_name_or_path")
+    if vae and Path(vae).is_absolute() and not Path(vae).is_dir():
+        warn(f"the weights were trained with the VAE '{vae}', which is not there; the model's own is used")
+        return None
+    return vae
 
 
 @dataclass(frozen=True)
@@ -71,49 +92,90 @@ class ModelShape:
 
     Attributes:
         configuration: a digest of them, which tells the model wherever it lies.
+        pipeline_options: what a pipeline over modules in memory is made with.
     """
 
+    family: Family
     vae_factor: int
     latent_channels: int
     configuration: str
+    pipeline_options: dict
+
+
+def read_index(source: ModelSource) -> tuple[Family, dict]:
+    """The model's family, and what its `model_index.json` says.
+
+    Raises:
+        InputError: there is none, or it is of a model that is not supported.
+    """
+    with source.reading(NOT_DIFFUSERS):
+        index = DiffusionPipeline.load_config(source.path, revision=source.revision)
+    family = family_of(index)
+    if family is None:
+        raise InputError(f"{source.flag}: '{source.path}' is {what_it_is(index)}; {SUPPORTED}")
+    return family, index
 
 
 def check_model(source: ModelSource) -> tuple[ModelShape, DDPMScheduler]:
     """Read the configuration files only.
 
     Raises:
-        InputError: it is no Stable Diffusion 1.x or 2.x model in the diffusers layout.
+        InputError: it is no model of the families that are supported, in the diffusers layout.
     """
-    with source.reading(
-        f"cannot be read as a diffusers model ({{reason}}); give a folder with {MODEL_INDEX} or a Hub id"
-    ):
-        index = DiffusionPipeline.load_config(source.path, revision=source.revision)
-        read = {"subfolder": "unet", "revision": source.revision}
-        unet = UNet2DConditionModel.load_config(source.path, **read)
-        vae = AutoencoderKL.load_config(source.path, **read | {"subfolder": "vae"})
-        text = AutoConfig.from_pretrained(source.path, **read | {"subfolder": "text_encoder"})
-        scheduler = DDPMScheduler.from_pretrained(source.path, **read | {"subfolder": "scheduler"})
+    family, index = read_index(source)
+    read = {"revision": source.revision}
+    prediction = {} if source.prediction_type is None else {"prediction_type": source.prediction_type}
+    with source.reading(NOT_DIFFUSERS):
+        unet = UNet2DConditionModel.load_config(source.path, subfolder="unet", **read)
+        own_vae = read_vae_config(replace(source, vae=None))
+        scheduler = DDPMScheduler.from_pretrained(source.path, subfolder="scheduler", **read, **prediction)
+        widths = [
+            AutoConfig.from_pretrained(source.path, subfolder=text.encoder, **read).hidden_size for text in family.texts
+        ]
         # As the files have them: what a library adds to them differs from version to version.
-        text_file, _ = PretrainedConfig.get_config_dict(source.path, **read | {"subfolder": "text_encoder"})
-        scheduler_file = DDPMScheduler.load_config(source.path, **read | {"subfolder": "scheduler"})
+        text_files = [
+            PretrainedConfig.get_config_dict(source.path, subfolder=text.encoder, **read)[0] for text in family.texts
+        ]
+        scheduler_file = DDPMScheduler.load_config(source.path, subfolder="scheduler", **read)
+    vae = read_vae_config(source)
     where = f"{source.flag}: '{source.path}'"
-    if "text_encoder_2" in index or "unet" not in index or "vae" not in index:
-        raise InputError(f"{where} is a {index.get('_class_name')}; Stable Diffusion 1.x and 2.x models are supported")
-    problems = _weight_file_problems(source)
-    if unet["in_channels"] != vae["latent_channels"]:
+    problems = _weight_file_problems(source, family)
+    if unet["in_channels"] != own_vae["latent_channels"]:
         problems.append(f"{where} takes {unet['in_channels']} input channels; use a text-to-image model")
-    if unet["cross_attention_dim"] != text.hidden_size:
-        problems.append(f"{where}: its UNet expects text features of another width than its text encoder makes")
-    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+    if unet["cross_attention_dim"] != sum(widths):
+        encoders = "text encoder makes" if len(widths) == 1 else "text encoders make"
+        problems.append(f"{where}: its UNet expects text features of another width than its {encoders}")
+    if unet.get("addition_embed_type") != family.addition_embed_type:
+        problems.append(f"{where}: its UNet takes conditions that a {family.name} model's does not")
+    if scheduler.config.prediction_type not in PREDICTION_TYPES:
         problems.append(f"{where}: prediction type {scheduler.config.prediction_type!r} is not supported")
+    if (vae["latent_channels"], _factor(vae)) != (own_vae["latent_channels"], _factor(own_vae)):
+        problems.append(f"{VAE_FLAG}: '{source.vae}' makes latents of another shape than the model's own VAE")
     if problems:
         raise InputError(*problems)
     shape = ModelShape(
-        vae_factor=2 ** (len(vae["block_out_channels"]) - 1),
+        family=family,
+        vae_factor=_factor(vae),
         latent_channels=vae["latent_channels"],
-        configuration=_digest(unet, vae, text_file, scheduler_file),
+        configuration=_digest(unet, own_vae, *text_files, scheduler_file),
+        pipeline_options={**family.pipeline_options, **{n: index[n] for n in family.options_of_model if n in index}},
     )
     return shape, scheduler
+
+
+def read_vae_config(source: ModelSource) -> dict:
+    """The configuration of the VAE, the model's own or the one that stands for it. Raises InputError."""
+    if source.vae is None:
+        with source.reading(NOT_DIFFUSERS):
+            return AutoencoderKL.load_config(source.path, subfolder="vae", revision=source.revision)
+    says = "cannot be read as a VAE ({reason}); give the folder that its config.json is in, or a Hub id"
+    with ModelSource(source.vae, flag=VAE_FLAG, asked=source.asked).reading(says):
+        return AutoencoderKL.load_config(source.vae)
+
+
+def _factor(vae):
+    """How many pixels a latent cell is wide."""
+    return 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def _digest(*configurations):
@@ -122,10 +184,10 @@ def _digest(*configurations):
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _weight_file_problems(source):
+def _weight_file_problems(source, family):
     """Missing and truncated weight files of a model in a folder. Reads their headers only."""
     problems, suffix = [], f".{source.variant}" if source.variant else ""
-    for part in ("unet", "vae", "text_encoder"):
+    for part in ("unet", "vae", *(text.encoder for text in family.texts)):
         folder = Path(source.path) / part
         if not folder.is_dir():
             continue

@@ -87,24 +87,77 @@ def photo_mask(augmentation: Augmentation, size: int, latent_size: int) -> torch
     return mask
 
 
-def render_class_image(
-    image: Image.Image, rng: np.random.Generator, size: int, *, center_crop: bool, flip: bool
+@dataclass(frozen=True)
+class ClassCrop:
+    """How one class image is shown.
+
+    Attributes:
+        width, height: that it is resized to, in pixels, the shorter of them being the side of the square that is shown.
+        left, top: of that square.
+        flip: mirror the square.
+    """
+
+    width: int
+    height: int
+    left: int
+    top: int
+    flip: bool
+
+
+def draw_class_crop(
+    rng: np.random.Generator, width: int, height: int, size: int, *, center_crop: bool, flip: bool
+) -> ClassCrop:
+    """Draw how a class image of width x height is shown on size x size pixels."""
+    width, height = resized(width, height, size)
+    left, top = (s // 2 if center_crop else int(rng.integers(s + 1)) for s in (width - size, height - size))
+    return ClassCrop(width, height, left, top, flip)
+
+
+def render_class_image(image: Image.Image, crop: ClassCrop, size: int) -> torch.Tensor:
+    """The class image as `crop` shows it: (3, size, size) float32 in [-1, 1]."""
+    image = shrink_to(image, size, enlarge=True).crop((crop.left, crop.top, crop.left + size, crop.top + size))
+    return to_pixels(ImageOps.mirror(image) if crop.flip else image)
+
+
+# Original height and width, top and left of the crop, height and width shown: what SDXL is told of every image. Crops are in
+# pixels of the image as it was resized, and of the mirrored image where it is mirrored. Source: arXiv 2307.01952, section 2.2.
+def photo_time_ids(
+    augmentation: Augmentation, photo: Image.Image, original: tuple[int, int], size: int
 ) -> torch.Tensor:
-    """A class image with its shorter side resized to `size`, cropped: (3, size, size) float32 in [-1, 1]."""
-    image = shrink_to(image, size, enlarge=True)
-    slack = (image.width - size, image.height - size)
-    left, top = (s // 2 if center_crop else int(rng.integers(s + 1)) for s in slack)
-    image = image.crop((left, top, left + size, top + size))
-    return to_pixels(ImageOps.mirror(image) if flip else image)
+    """(6,) float32 of a photo.
+
+    A photo that is pasted on a canvas is shown from its square's corner on; there is no such thing as a negative crop.
+
+    Args:
+        photo: that the augmentation was drawn for. original: (width, height) of its file.
+    """
+    a = augmentation
+    left, top, right, _ = a.crop
+    ratio = a.scale / (right - left)
+    left, top = ratio * (photo.width - right if a.flip else left), ratio * top
+    if a.scale > size:
+        left, top = left + a.left, top + a.top
+    return torch.tensor([original[1], original[0], top, left, size, size], dtype=torch.float32)
+
+
+def class_time_ids(crop: ClassCrop, original: tuple[int, int], size: int) -> torch.Tensor:
+    """(6,) float32 of a class image; `original` is (width, height) of its file."""
+    left = crop.width - crop.left - size if crop.flip else crop.left
+    return torch.tensor([original[1], original[0], crop.top, left, size, size], dtype=torch.float32)
 
 
 def shrink_to(image: Image.Image, shorter_side: int, *, enlarge: bool) -> Image.Image:
     """The image with its shorter side resized to `shorter_side` pixels; smaller ones are left unless `enlarge`."""
-    ratio = shorter_side / min(image.size)
-    if ratio == 1 or (ratio > 1 and not enlarge):
+    size = resized(*image.size, shorter_side)
+    if min(image.size) == shorter_side or (min(image.size) < shorter_side and not enlarge):
         return image
-    size = tuple(max(shorter_side, round(ratio * side)) for side in image.size)
     return image.resize(size, Image.Resampling.BILINEAR)
+
+
+def resized(width: int, height: int, shorter_side: int) -> tuple[int, int]:
+    """(width, height) with the shorter side at `shorter_side` pixels."""
+    ratio = shorter_side / min(width, height)
+    return tuple(max(shorter_side, round(ratio * side)) for side in (width, height))
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:

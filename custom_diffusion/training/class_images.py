@@ -120,7 +120,7 @@ def _folders_are_shared(accelerator, folders):
 
 
 def _load_pipeline(accelerator, source, dtype) -> DiffusionPipeline:
-    pipeline = load_pipeline(source, dtype, safety_checker=None)
+    pipeline = load_pipeline(source, dtype, safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(accelerator.device)
 

@@ -18,7 +18,7 @@ class LatentEncoder:
 
     def __init__(self, vae: AutoencoderKL, num_views: int | None):
         self.vae = vae
-        self.scaling_factor = vae.config.scaling_factor
+        self.shift, self.scale = _scaling(vae)
         self.num_views = num_views
         self.cache = {}
 
@@ -31,7 +31,7 @@ class LatentEncoder:
         else:
             self._fill_cache(batch)
             mean, std = torch.stack([self.cache[view] for view in batch["views"]], dim=1)
-        return (mean + std * noise) * self.scaling_factor
+        return (mean + std * noise - self.shift) * self.scale
 
     def moments(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the posterior, each (B, C, h, w) float32, of (B, 3, H, W) pixels."""
@@ -48,3 +48,12 @@ class LatentEncoder:
         if len(self.cache) == self.num_views and self.vae is not None:
             self.vae = None
             torch.cuda.empty_cache()
+
+
+def _scaling(vae):
+    """What is taken off the latents, and what they are then multiplied by: numbers, or (1, C, 1, 1) where channels differ."""
+    mean, std = (vae.config.get(name) for name in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        return 0.0, vae.config.scaling_factor
+    mean, std = (torch.tensor(values, device=vae.device).view(1, -1, 1, 1) for values in (mean, std))
+    return mean, vae.config.scaling_factor / std

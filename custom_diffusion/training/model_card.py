@@ -11,7 +11,8 @@ from custom_diffusion.files import WEIGHTS_NAME
 
 # Flags whose values are places on the user's computer.
 PATH_FLAGS = ("instance_data_dir", "class_data_dir", "concepts_list", "output_dir", "logging_dir", "tokenizer_name",
-              "pretrained_model_name_or_path", "resume_from_checkpoint")  # fmt: skip
+              "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "resume_from_checkpoint")  # fmt: skip
+MODEL_FLAGS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path")
 
 
 def is_local(model: str | None) -> bool:
@@ -163,6 +164,6 @@ def _full_name(flag):
 
 
 def _public_value(name, value):
-    if name == "pretrained_model_name_or_path" and not is_local(value):
+    if name in MODEL_FLAGS and not is_local(value):
         return value
     return name.upper() if name in PATH_FLAGS else value

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from transformers import PreTrainedTokenizerBase
 
 from custom_diffusion.model.attention import remove_trained_projections
 from custom_diffusion.model.concept_model import ConceptModel
-from custom_diffusion.model.tokens import remove_modifier_tokens
+from custom_diffusion.model.text_encoders import TextEncoders
 from custom_diffusion.weights.pipeline import load_custom_diffusion
 
 # Largest difference allowed, as a share of the largest prediction. The arithmetic is the same, its order may differ.
@@ -18,14 +18,15 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 @torch.no_grad()
 def predicts_finite(model: ConceptModel, prompt: str, latent_shape: tuple) -> bool:
     """Whether the model, as trained so far, predicts finite noise. `prompt` and `latent_shape` as in `read_back`."""
-    return bool(model(*_probe(model, latent_shape), [prompt]).isfinite().all())
+    return bool(model(*_probe(model, prompt, latent_shape)).isfinite().all())
 
 
-def _probe(model, latent_shape):
-    """Noisy latents and a timestep to compare predictions with."""
+def _probe(model, prompt, latent_shape):
+    """What to compare predictions with: noisy latents, timesteps, prompts and time_ids."""
     device = next(model.unet.parameters()).device
     latents = torch.randn(latent_shape, generator=torch.Generator().manual_seed(0))
-    return latents.to(device, model.text_encoder.dtype), torch.tensor([500], device=device)
+    time_ids = torch.tensor([[512.0, 768.0, 0.0, 128.0, 512.0, 512.0]], device=device)
+    return latents.to(device, model.text.dtype), torch.tensor([500], device=device), [prompt], time_ids
 
 
 @torch.no_grad()
@@ -33,31 +34,31 @@ def read_back(
     folder: Path,
     model: ConceptModel,
     make_pipeline,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizers: list[PreTrainedTokenizerBase],
     prompt: str,
     latent_shape: tuple,
-) -> StableDiffusionPipeline:
+) -> DiffusionPipeline:
     """Take everything trained out of the model, load `folder` into it, and compare predictions before and after.
 
     Args:
         model: consumed; its modules live on in the pipeline.
-        make_pipeline: (unet, text_encoder, tokenizer) -> pipeline.
-        tokenizer: without the modifier tokens.
+        make_pipeline: (unet, text encoders) -> pipeline.
+        tokenizers: without the modifier tokens.
         latent_shape: (1, C, h, w).
     Returns:
         The pipeline, with the folder's weights loaded as any user would load them.
     Raises:
         RuntimeError: the predictions differ.
     """
-    dtype = model.text_encoder.dtype
-    latents, timesteps = _probe(model, latent_shape)
-    trained = model(latents, timesteps, [prompt])
+    dtype = model.text.dtype
+    probe = _probe(model, prompt, latent_shape)
+    trained = model(*probe)
     remove_trained_projections(model.unet, dtype)
-    remove_modifier_tokens(model.text_encoder)
-    pipeline = make_pipeline(model.unet, model.text_encoder, tokenizer)
+    model.text.remove_words()
+    text = TextEncoders(model.text.family, tokenizers, model.text.encoders)
+    pipeline = make_pipeline(model.unet, text)
     load_custom_diffusion(pipeline, folder)
-    features = ConceptModel(pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, []).encode_prompts([prompt])
-    loaded = pipeline.unet(latents, timesteps, features, return_dict=False)[0]
+    loaded = ConceptModel(pipeline.unet, text)(*probe)
     difference = (loaded - trained).abs().max() / trained.abs().max()
     if not difference <= TOLERANCE[dtype]:  # also when NaN
         raise RuntimeError(

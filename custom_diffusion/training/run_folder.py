@@ -15,7 +15,7 @@ from custom_diffusion.training.checkpoints import Checkpoint, remove_old_checkpo
 from custom_diffusion.training.readback import predicts_finite
 from custom_diffusion.training.settings import weights_config
 from custom_diffusion.training.stopping import RunStopped, non_finite_message
-from custom_diffusion.weights.format import ConceptWeights, write_weights
+from custom_diffusion.weights.format import write_weights
 
 logger = get_logger(__name__)
 
@@ -25,7 +25,6 @@ class RunFolder:
     """Where the trained parts of `model` go. Nothing is written of a model whose predictions are no longer finite.
 
     Attributes:
-        tokens: the modifier tokens, in the order of the model's rows.
         settings: the run's (`run_settings`).
         validation_prompt: what the sample images are drawn from, for those who share the folder.
         formats: of the weights at the end, as in `write_weights`; of a checkpoint the first is enough.
@@ -36,7 +35,6 @@ class RunFolder:
 
     path: Path
     model: ConceptModel
-    tokens: list[str]
     settings: dict
     validation_prompt: str | None
     formats: tuple[str, ...]
@@ -63,13 +61,12 @@ class RunFolder:
 
     def config(self, step: int) -> dict:
         """The settings file of the weights after `step` optimizer steps."""
-        return weights_config(self.settings, step, self.validation_prompt)
+        return weights_config(self.settings, step, self.validation_prompt, self.model.text.family.name)
 
     def _trained_weights(self, step):
         if not predicts_finite(self.model, **self.probe):
             raise RunStopped(non_finite_message("prediction", math.nan, step, self.path))
-        tensors, rows = self.model.trained_tensors()
-        return ConceptWeights(tensors, dict(zip(self.tokens, rows)), self.config(step))
+        return self.model.trained_weights(self.config(step))
 
 
 def check_token_files(accelerator: Accelerator, output_dir: Path, tokens: list[str]) -> None:

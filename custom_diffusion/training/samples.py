@@ -18,8 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 from custom_diffusion.images import open_image
 from custom_diffusion.training.augmentation import (
     LARGEST_SCALE,
+    class_time_ids,
     draw_augmentation,
+    draw_class_crop,
     photo_mask,
+    photo_time_ids,
     render_class_image,
     render_photo,
     shrink_to,
@@ -80,8 +83,13 @@ class TrainingSamples(Dataset):
         self.settings = settings
         largest = int(LARGEST_SCALE * settings.size)
         # Photos are few and shown thousands of times, so they are decoded once; the many class images when needed.
-        self.photos = [(shrink_to(open_image(path), largest, enlarge=False), prompt) for path, prompt in photos]
+        self.photos, self.photo_sizes = [], []  # (image, prompt) and (width, height) of its file
+        for path, prompt in photos:
+            image = open_image(path)
+            self.photo_sizes.append(image.size)
+            self.photos.append((shrink_to(image, largest, enlarge=False), prompt))
         self.class_images = class_images
+        self._class_sizes = {}  # (width, height) by path
         self.epoch_length = max(len(photos), len(class_images))
 
     def indices(self, position: int) -> tuple[int, int | None]:
@@ -109,19 +117,24 @@ class TrainingSamples(Dataset):
         With n = 2 under prior preservation (photo, class image), else 1:
             prompts: n strings. views: n `View`s. mask: (1, h, w).
             pixel_values: (n, 3, H, W) in [-1, 1]. timesteps: (n,) int64. noise, posterior_noise: (n, C, h, w).
+            time_ids: (n, 6) float32, how much of each image is shown, as `photo_time_ids` says; of the view, like its pixels.
         """
         position, with_pixels = item
         s = self.settings
         views = self.views(position)
         augmentation, photo, prompt = self._augmentation(views[0])
         prompts, pixels = [augmentation.prefix + prompt], []
+        time_ids = [photo_time_ids(augmentation, photo, self.photo_sizes[views[0].index], s.size)]
         if with_pixels:
             pixels.append(render_photo(photo, augmentation, s.size))
         for view in views[1:]:
             path, caption = self.class_images[view.index]
             prompts.append(caption)
+            image = open_image(path) if with_pixels or path not in self._class_sizes else None
+            crop, own_time_ids = self._class_crop(path, image, view)
+            time_ids.append(own_time_ids)
             if with_pixels:
-                pixels.append(self._class_pixels(path, view))
+                pixels.append(render_class_image(image, crop, s.size))
         rng = random_stream(s.seed, DIFFUSION, position)
         shape = (len(views), s.latent_channels, s.latent_size, s.latent_size)
         return {
@@ -129,6 +142,7 @@ class TrainingSamples(Dataset):
             "views": views,
             "mask": photo_mask(augmentation, s.size, s.latent_size),
             "pixel_values": torch.stack(pixels) if with_pixels else None,
+            "time_ids": torch.stack(time_ids),
             "timesteps": torch.from_numpy(rng.integers(s.num_train_timesteps, size=len(views))),
             "noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
             "posterior_noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
@@ -146,9 +160,14 @@ class TrainingSamples(Dataset):
         )  # fmt: skip
         return augmentation, photo, prompt
 
-    def _class_pixels(self, path, view):
+    def _class_crop(self, path, image, view):
+        """How a view shows a class image, and its time_ids. `image` may be None once its size is known."""
         s = self.settings
-        return render_class_image(open_image(path), self._rng(view), s.size, center_crop=s.center_crop, flip=view.flip)
+        if image is not None:
+            self._class_sizes[path] = image.size
+        original = self._class_sizes[path]
+        crop = draw_class_crop(self._rng(view), *original, s.size, center_crop=s.center_crop, flip=view.flip)
+        return crop, class_time_ids(crop, original, s.size)
 
 
 @lru_cache(maxsize=2)
@@ -183,7 +202,7 @@ def collate(samples: list[dict]) -> dict:
     """A batch in the order [photos..., class images...]; keys as in `TrainingSamples`, B samples of n images.
 
     prompts, views: n B entries. pixel_values: (n B, 3, H, W) of the samples that have them, in the order of
-    `pixel_views`. mask: (B, 1, h, w). timesteps: (n B,). noise, posterior_noise: (n B, C, h, w).
+    `pixel_views`. mask: (B, 1, h, w). time_ids: (n B, 6). timesteps: (n B,). noise, posterior_noise: (n B, C, h, w).
     """
     num_images = len(samples[0]["views"])
 
@@ -197,6 +216,7 @@ def collate(samples: list[dict]) -> dict:
         "pixel_views": in_order("views", rendered),
         "pixel_values": torch.stack(in_order("pixel_values", rendered)) if rendered else None,
         "mask": torch.stack([sample["mask"] for sample in samples]),
+        "time_ids": torch.stack(in_order("time_ids")),
         "timesteps": torch.stack(in_order("timesteps")),
         "noise": torch.stack(in_order("noise")),
         "posterior_noise": torch.stack(in_order("posterior_noise")),

@@ -13,13 +13,14 @@ _COURSE = [
     "revision",
     "variant",
     "tokenizer_name",
+    "pretrained_vae_model_name_or_path",
+    "prediction_type",
     "freeze_model",
     "initializer_token",
     "with_prior_preservation",
     "real_prior",
     "prior_loss_weight",
     "num_class_images",
-    "resolution",
     "center_crop",
     "hflip",
     "noaug",
@@ -39,9 +40,9 @@ _COURSE = [
 # Recorded, but only their product with the number of processes matters.
 _SHARES_OF_A_STEP = ("train_batch_size", "gradient_accumulation_steps")
 # Settings that may name a folder of the user's computer, or else a Hub id.
-PLACES = ("pretrained_model_name_or_path", "tokenizer_name")
+PLACES = ("pretrained_model_name_or_path", "tokenizer_name", "pretrained_vae_model_name_or_path")
 # A checkpoint made under another value of these has other tensors, or tensors that mean something else.
-_MUST_AGREE = ("freeze_model", "modifier_tokens", "model_configuration", "use_8bit_adam")
+_MUST_AGREE = ("freeze_model", "modifier_tokens", "model_configuration", "use_8bit_adam", "prediction_type")
 
 
 def run_settings(
@@ -51,6 +52,7 @@ def run_settings(
     mixed_precision: str,
     samples_per_step: int,
     model_configuration: str,
+    resolution: int,
 ) -> dict:
     """Everything that the course of the run depends on, as plain JSON values.
 
@@ -58,6 +60,7 @@ def run_settings(
         mixed_precision: in effect, whether the flag or `accelerate config` says so.
         samples_per_step: of all processes together.
         model_configuration: `ModelShape.configuration`, which stays the same wherever the model lies.
+        resolution: in effect, whether the flag says so or the model's family.
     """
     settings = {name: getattr(args, name) for name in (*_COURSE, *_SHARES_OF_A_STEP)}
     settings |= {
@@ -65,6 +68,7 @@ def run_settings(
         "samples_per_step": samples_per_step,
         "model_configuration": model_configuration,
         "modifier_tokens": modifier_tokens,
+        "resolution": resolution,
     }
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):
         settings["max_train_steps"] = args.max_train_steps
@@ -128,8 +132,12 @@ def _wherever_called_from(place):
     return str(Path(place).resolve()) if place and Path(place).is_dir() else place
 
 
-def weights_config(settings: dict, step: int, validation_prompt: str | None) -> dict:
-    """The settings file of a trained folder, which the tools read. It names no photo: it is made to be handed on."""
+def weights_config(settings: dict, step: int, validation_prompt: str | None, family: str) -> dict:
+    """The settings file of a trained folder, which the tools read. It names no photo: it is made to be handed on.
+
+    Args:
+        family: `Family.name`.
+    """
     concepts = [
         {name: value for name, value in concept.items() if name != "photos"} | {"num_photos": len(concept["photos"])}
         for concept in settings["concepts"]
@@ -138,6 +146,7 @@ def weights_config(settings: dict, step: int, validation_prompt: str | None) -> 
         "base_model": _wherever_called_from(settings["pretrained_model_name_or_path"]),
         "revision": settings["revision"],
         "variant": settings["variant"],
+        "family": family,
         "freeze_model": settings["freeze_model"],
         "modifier_tokens": settings["modifier_tokens"],
         "concepts": concepts,

@@ -2,19 +2,20 @@
 
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
 from PIL import Image
-from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
 from custom_diffusion.errors import InputError
 from custom_diffusion.files import SAMPLES_DIR, whole_file
 from custom_diffusion.model.concept_model import ConceptModel
 from custom_diffusion.model.loading import load_vae
 from custom_diffusion.model.source import ModelSource
+from custom_diffusion.model.text_encoders import TextEncoders
 
 logger = get_logger(__name__)
 NUM_INFERENCE_STEPS = 25
@@ -28,10 +29,12 @@ class Validation:
         scheduler: the model's training schedule.
         prompt, num_images: what to draw, and how many images at a time. With 0, or without a prompt, nothing is ever drawn.
         size: side of the images in pixels.
+        pipeline_options: of the family's pipeline (`ModelShape`).
     """
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, source: ModelSource, scheduler: DDPMScheduler, *,
-                 prompt: str | None, num_images: int, size: int, seed: int, dtype: torch.dtype):  # fmt: skip
+                 prompt: str | None, num_images: int, size: int, seed: int, dtype: torch.dtype,
+                 pipeline_options: dict):  # fmt: skip
         self.accelerator = accelerator
         self.folder = output_dir / SAMPLES_DIR
         self.source = source
@@ -41,20 +44,13 @@ class Validation:
         self.size = size
         self.seed = seed
         self.dtype = dtype
+        self.pipeline_options = pipeline_options
 
-    def pipeline(
-        self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: PreTrainedTokenizerBase
-    ) -> StableDiffusionPipeline:
+    def pipeline(self, unet: UNet2DConditionModel, text: TextEncoders) -> DiffusionPipeline:
         """A pipeline over the given modules, without a safety checker; its VAE is loaded only if images are drawn."""
-        pipeline = StableDiffusionPipeline(
-            vae=self._load_vae(),
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=self.scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+        pipeline_class = getattr(diffusers, text.family.text_to_image)
+        pipeline = pipeline_class(
+            vae=self._load_vae(), unet=unet, scheduler=self.scheduler, **text.parts(), **self.pipeline_options
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -73,11 +69,11 @@ class Validation:
         """Draw with the model as it is after `step` optimizer steps, on the main process."""
         if self.accelerator.is_main_process and self.num_images:
             model.eval()
-            pipeline = self.pipeline(model.unet, model.text_encoder, model.tokenizer)
+            pipeline = self.pipeline(model.unet, model.text)
             self.show(pipeline, name=f"step-{step:06d}", tag="validation", step=step)
             model.train()
 
-    def show(self, pipeline: StableDiffusionPipeline, *, name: str, tag: str, step: int) -> list[Path]:
+    def show(self, pipeline: DiffusionPipeline, *, name: str, tag: str, step: int) -> list[Path]:
         """Draw, and give the images to the trackers under `tag` and to files `<name>-0.png`...; returns their paths."""
         images = self.draw(pipeline)
         if not images:
@@ -86,7 +82,7 @@ class Validation:
         return save_samples(images, self.folder, name)
 
     @torch.no_grad()
-    def draw(self, pipeline: StableDiffusionPipeline) -> list[Image.Image]:
+    def draw(self, pipeline: DiffusionPipeline) -> list[Image.Image]:
         """`num_images` images, the i-th from noise seeded with seed + i on the CPU, the same on every device.
 
         None without a VAE.

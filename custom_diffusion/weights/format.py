@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from custom_diffusion.errors import InputError, first_line
+from custom_diffusion.families import TOKEN_KEYS
 from custom_diffusion.files import CONFIG_NAME, DELTAS_NAME, WEIGHTS_FILES, WEIGHTS_NAME, whole_file
 
 _KEY = re.compile(
@@ -42,19 +43,44 @@ class ConceptWeights:
 
     Attributes:
         tensors: the UNet's parameters by their names in it, "...attn2.to_k.weight" -> (out, in) or (out,) float32.
-        tokens: modifier token -> (dim,) embedding.
+        tokens: modifier token -> (dim,) embedding; for several text encoders, its rows in them joined.
         config: base model, concepts and training settings; empty for folders that other trainers wrote.
         deltas: of compressed weights, parameters by name as changes of the base model's; none of them is in `tensors`.
+        token_widths: how many values of an embedding belong to each of several text encoders; () for one.
     """
 
     tensors: dict[str, torch.Tensor]
     tokens: dict[str, torch.Tensor]
     config: dict = field(default_factory=dict)
     deltas: dict[str, LowRankDelta] = field(default_factory=dict)
+    token_widths: tuple[int, ...] = ()
 
     def shapes(self) -> dict[str, torch.Size]:
         """The shape of every parameter that the weights bring, by name."""
         return {name: value.shape for name, value in (self.tensors | self.deltas).items()}
+
+
+def token_to_file(token: str, embedding: torch.Tensor, widths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """What the file of a token holds: its embedding, or with several text encoders (1, width) rows by the encoders' keys.
+
+    The latter is what kohya writes, and A1111 and ComfyUI read. Each is a copy: a row of a table would bring the whole along.
+    """
+    if not widths:
+        return {token: embedding.clone()}
+    return {key: row.unsqueeze(0).clone() for key, row in zip(TOKEN_KEYS[len(widths)], embedding.split(widths))}
+
+
+def token_from_file(token: str, state: dict) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Inverse of `token_to_file`: embedding and widths. Raises ValueError for anything else."""
+    if set(state) == {token} and isinstance(state[token], torch.Tensor) and state[token].dim() == 1:
+        return state[token], ()
+    keys = next((keys for keys in TOKEN_KEYS.values() if set(state) & set(keys)), ())
+    if missing := [key for key in keys if key not in state]:
+        raise ValueError(f"it lacks {missing[0]!r}, the embedding of {token!r} for another text encoder")
+    rows = [state[key] for key in keys]
+    if set(state) != set(keys) or not all(isinstance(r, torch.Tensor) and r.dim() == 2 and len(r) == 1 for r in rows):
+        raise ValueError(f"it is not the embedding of {token!r}")
+    return torch.cat(rows, dim=1)[0], tuple(row.shape[1] for row in rows)
 
 
 def cross_attention_names(unet: UNet2DConditionModel) -> list[str]:
@@ -135,7 +161,7 @@ def write_weights(folder: Path, weights: ConceptWeights, unet: UNet2DConditionMo
                 save(to_file_keys(weights.tensors, self_attentions, empty), path)
         for token, embedding in weights.tokens.items():
             with whole_file(folder / f"{token}.{suffix}") as path:
-                save({token: embedding.clone()}, path)  # a row of a table would bring the whole table along
+                save(token_to_file(token, embedding, weights.token_widths), path)
     if weights.deltas:
         with whole_file(folder / DELTAS_NAME) as path:
             _save_safetensors(deltas_to_file(weights), path)
@@ -192,16 +218,19 @@ def read_weights(path_or_hub_id: str | Path, **hub_options) -> ConceptWeights:
     names = config.get("modifier_tokens")
     if names is None:
         names = sorted({p.stem for s in ("safetensors", "bin") for p in folder.glob(f"<*>.{s}")})
-    tokens = {}
+    tokens, widths = {}, {}
     for token in names:
         file = next((p for s in ("safetensors", "bin") if (p := folder / f"{token}.{s}").is_file()), None)
         if file is None:
             raise ValueError(f"'{folder}' lacks the embedding of {token!r}, '{token}.safetensors' or .bin")
         state = _read_state(file)
-        if set(state) != {token} or not isinstance(state[token], torch.Tensor) or state[token].dim() != 1:
-            raise ValueError(f"'{file}' cannot be used: it is not the embedding of {token!r}")
-        tokens[token] = state[token]
-    return ConceptWeights(tensors, tokens, config, deltas)
+        try:
+            tokens[token], widths[token] = token_from_file(token, state)
+        except ValueError as error:
+            raise ValueError(f"'{file}' cannot be used: {error}") from None
+        if widths[token] != widths[names[0]]:
+            raise ValueError(f"'{folder}' has embeddings of different models: {names[0]!r} and {token!r}")
+    return ConceptWeights(tensors, tokens, config, deltas, next(iter(widths.values()), ()))
 
 
 def _check_complete(names):

@@ -12,34 +12,48 @@ from accelerate.hooks import CpuOffload
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import nn
-from transformers import CLIPTextModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from custom_diffusion.families import closest_family, missing_parts
+from custom_diffusion.weights.end_token import pool_at
 from custom_diffusion.weights.format import ConceptWeights, cross_attention_names, read_weights
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Reader:
+    """A tokenizer and text encoder that were given tokens; weak references.
+
+    Attributes:
+        end_token_id: by which the encoder found a prompt's end before; None if that stayed as it was.
+    """
+
+    tokenizer: weakref.ref
+    text_encoder: weakref.ref
+    end_token_id: int | None
+
+
+@dataclass(frozen=True)
 class _Loaded:
     """What is loaded into a UNet, kept at the UNet itself: pipelines come and go, and share their parts.
 
     Attributes:
         base_tensors: the UNet's own parameters by name, on the CPU.
-        tokens: that were added to the tokenizer and text encoder; both are weak references.
+        tokens: that were added to the readers.
     """
 
     base_tensors: dict[str, torch.Tensor]
     tokens: list[str]
-    tokenizer: weakref.ref
-    text_encoder: weakref.ref
+    readers: list[_Reader]
 
 
 def load_custom_diffusion(
     pipe: DiffusionPipeline, weights: ConceptWeights | str | Path, *, scale: float = 1.0, **hub_options
 ) -> None:
-    """Put a trained concept into a Stable Diffusion pipeline, and so into every pipeline that shares its UNet.
+    """Put a trained concept into a Stable Diffusion pipeline of any family and kind, and so into every pipeline that shares its UNet.
 
     The trained keys and values (queries, outputs) take the place of the UNet's own, in its precision and on its device, so
-    that drawing costs what it did before; the modifier tokens join the tokenizer and text encoder. Whatever concept was
-    loaded before, through whichever pipeline, is taken out first. Works with offloading, with compiled UNets and text encoders,
+    that drawing costs what it did before; the modifier tokens join the tokenizers and text encoders. Whatever concept
+    was loaded before, through whichever pipeline, is taken out first. Works with offloading, with compiled UNets and text encoders,
     and with LoRA layers in place.
 
     Args:
@@ -77,24 +91,40 @@ def unload_custom_diffusion(pipe: DiffusionPipeline) -> None:
 
 
 def _put_in(pipe, weights, scale):
-    unet, text_encoder, tokenizer = _unwrapped(pipe.unet), _unwrapped(pipe.text_encoder), pipe.tokenizer
+    unet = _unwrapped(pipe.unet)
     parameters = {name: _parameter(unet, name) for name in weights.shapes()}
     base = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
-    loaded = _Loaded(base, list(weights.tokens), weakref.ref(tokenizer), weakref.ref(text_encoder))
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(_blended(weights, name, base[name], scale))
-    if weights.tokens:
+    unet._custom_diffusion = _Loaded(base, list(weights.tokens), _add_tokens(pipe, weights) if weights.tokens else [])
+
+
+def _readers_of(pipe) -> list[tuple[PreTrainedTokenizerBase, PreTrainedModel]]:
+    """The pipeline's tokenizers and text encoders, in the order in which a token's rows are joined."""
+    texts = closest_family(pipe.components).texts
+    return [(getattr(pipe, text.tokenizer), _unwrapped(getattr(pipe, text.encoder))) for text in texts]
+
+
+def _add_tokens(pipe, weights):
+    """Give the tokens to all tokenizers and text encoders of the pipeline; returns these as `_Reader`s."""
+    readers, pools = _readers_of(pipe), closest_family(pipe.components).pools
+    widths = [encoder.get_input_embeddings().weight.shape[1] for _, encoder in readers]
+    rows = [embedding.split(widths) for embedding in weights.tokens.values()]
+    given = []
+    for (tokenizer, text_encoder), own_rows in zip(readers, zip(*rows)):
         with _same_random_state(text_encoder.device):
             # Before diffusers does it: its way draws the new rows from the old ones' distribution first, which takes time.
             text_encoder.resize_token_embeddings(len(tokenizer) + len(weights.tokens), mean_resizing=False)
             pipe.load_textual_inversion(
-                [{token: embedding} for token, embedding in weights.tokens.items()],
+                [{token: row} for token, row in zip(weights.tokens, own_rows)],
                 token=list(weights.tokens),
                 tokenizer=tokenizer,
                 text_encoder=text_encoder,
             )
-    unet._custom_diffusion = loaded
+        end = pool_at(text_encoder, tokenizer.eos_token_id) if pools else None
+        given.append(_Reader(weakref.ref(tokenizer), weakref.ref(text_encoder), end))
+    return given
 
 
 def _blended(weights, name, base, scale):
@@ -108,29 +138,32 @@ def _blended(weights, name, base, scale):
 
 
 def _take_out(unet):
-    """Restore the UNet, and the tokenizer and text encoder that were loaded with it, if anything is loaded."""
+    """Restore the UNet, and the tokenizers and text encoders that were loaded with it, if anything is loaded."""
     loaded = _loaded(unet)
     if loaded is None:
         return
     with torch.no_grad():
         for name, tensor in loaded.base_tensors.items():
             _parameter(unet, name).copy_(tensor)
-    tokenizer, text_encoder = loaded.tokenizer(), loaded.text_encoder()
-    if tokenizer is not None and text_encoder is not None:
-        _remove_tokens(tokenizer, text_encoder, loaded)
+    for reader in loaded.readers:
+        if reader.tokenizer() is not None and reader.text_encoder() is not None:
+            _remove_tokens(reader, loaded.tokens)
     unet._custom_diffusion = None
 
 
-def _remove_tokens(tokenizer, text_encoder, loaded):
+def _remove_tokens(reader, loaded_tokens):
     """Those of the tokens that nobody has removed in the meantime."""
+    tokenizer, text_encoder = reader.tokenizer(), reader.text_encoder()
     vocabulary = tokenizer.get_vocab()
-    tokens = [token for token in loaded.tokens if token in vocabulary]
+    tokens = [token for token in loaded_tokens if token in vocabulary]
     if tokens:
         with _same_random_state(text_encoder.device):
             _TokenRemover().unload_textual_inversion(tokens, tokenizer=tokenizer, text_encoder=text_encoder)
     # diffusers leaves the configuration at the size with the tokens, and a model saved so could not be read.
     rows = text_encoder.get_input_embeddings().weight.shape[0]
     text_encoder.config.vocab_size = rows
+    if reader.end_token_id is not None:
+        pool_at(text_encoder, reader.end_token_id)
 
 
 class _TokenRemover(TextualInversionLoaderMixin):
@@ -154,11 +187,10 @@ def _parameter(unet, name):
 
 
 def _check_fit(pipe, weights):
-    for part in ("unet", "text_encoder", "tokenizer"):
-        if getattr(pipe, part, None) is None:
-            raise ValueError(f"it has no {part}")
+    family = closest_family(pipe.components)
+    if missing := [part for part in missing_parts(family, pipe.components) if part != "vae"]:
+        raise ValueError(f"it has no {missing[0]}")
     unet: UNet2DConditionModel = _unwrapped(pipe.unet)
-    text_encoder: CLIPTextModel = _unwrapped(pipe.text_encoder)
     _check_nothing_is_fused(unet)
     attentions = set(cross_attention_names(unet))
     named = {re.match(r".+\.attn2", name).group() for name in weights.shapes()}
@@ -172,23 +204,24 @@ def _check_fit(pipe, weights):
             raise ValueError(
                 f"{name} is {tuple(given)}, the model's is {tuple(shape)}; was it trained on another model?"
             )
-    _check_tokens_fit(pipe.tokenizer, text_encoder, weights.tokens, _loaded(unet))
+    _check_tokens_fit(_readers_of(pipe), weights, _loaded(unet))
 
 
 def _check_tokens_fit(
-    tokenizer: PreTrainedTokenizerBase,
-    text_encoder: CLIPTextModel,
-    tokens: dict[str, torch.Tensor],
-    loaded: _Loaded | None,
+    readers: list[tuple[PreTrainedTokenizerBase, PreTrainedModel]], weights: ConceptWeights, loaded: _Loaded | None
 ):
-    width = text_encoder.get_input_embeddings().weight.shape[1]
-    leaving = set(loaded.tokens) if loaded is not None and loaded.tokenizer() is tokenizer else set()
-    taken = tokenizer.get_vocab().keys() - leaving
-    for token, embedding in tokens.items():
-        if embedding.shape != (width,):
-            raise ValueError(f"the embedding of {token} is {tuple(embedding.shape)}, the model's have {width} values")
-        if token in taken:
-            raise ValueError(f"its tokenizer already has {token}; unload what brought it")
+    widths = tuple(encoder.get_input_embeddings().weight.shape[1] for _, encoder in readers)
+    for token, embedding in weights.tokens.items():
+        if embedding.shape != (sum(widths),) or (weights.token_widths or widths) != widths:
+            own = " + ".join(map(str, widths))
+            raise ValueError(f"the embedding of {token} is {tuple(embedding.shape)}, the model's have {own} values")
+    given = [reader.tokenizer() for reader in loaded.readers] if loaded is not None else []
+    for tokenizer, _ in readers:
+        leaving = set(loaded.tokens) if any(tokenizer is other for other in given) else set()
+        taken = tokenizer.get_vocab().keys() - leaving
+        for token in weights.tokens:
+            if token in taken:
+                raise ValueError(f"its tokenizer already has {token}; unload what brought it")
 
 
 def _check_nothing_is_fused(unet):
