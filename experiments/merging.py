@@ -10,20 +10,20 @@ import argparse
 import json
 from pathlib import Path
 
-import baselines
 import numpy as np
 import runs  # finds the demo
 import torch
+from baselines import read as read_baselines
 from concept import LOOKS, Base, pair_scores, places, scores
 from judge import generate, likeness, see
 
 import demo
 from custom_diffusion import load_custom_diffusion, merge, unload_custom_diffusion
-from custom_diffusion.model.loading import base_tensors, empty_unet, load_text_encoder, load_tokenizer
+from custom_diffusion.model.loading import base_tensors, empty_unet, load_text
 from custom_diffusion.model.source import ModelSource
+from custom_diffusion.model.text_features import add_tokens, text_features
 from custom_diffusion.weights.format import ConceptWeights, read_weights, write_weights
 from custom_diffusion.weights.low_rank import full_tensors
-from custom_diffusion.weights.text_features import add_tokens, text_features
 
 WORDS = {"circle": "<new1>", "square": "<new2>"}  # as merged
 OTHER_SENTENCES = ("a photo of {}", "{}", "a {}")  # than those of training
@@ -82,12 +82,12 @@ def authors_solution(
     captions without padding and without a ridge, each from the first word, or from the one behind "photo of a".
     """
     source = ModelSource(str(args.model))
-    tokenizer, text_encoder = load_tokenizer(source), load_text_encoder(source, torch.device("cpu"))
-    add_tokens(tokenizer, text_encoder, merged.tokens)
+    text = load_text(source, torch.device("cpu"))
+    add_tokens(text, merged.tokens)
 
     def rows(prompts):
-        ids, features = text_features(tokenizer, text_encoder, prompts)
-        ends = (ids == tokenizer.eos_token_id).int().argmax(1) + 1
+        ids, features = text_features(text, prompts)
+        ends = (ids == text.tokenizers[0].eos_token_id).int().argmax(1) + 1
         starts = [4 if "photo of a" in prompt[:15] else 1 for prompt in prompts]
         return torch.cat([one[start:end] for one, start, end in zip(features, starts, ends)])
 
@@ -185,7 +185,7 @@ def of_weights(pipe, folder: Path | None, words: dict[str, str], seed: int, base
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    bases, pipe = baselines.read(args.model), demo.load_pipeline(model=args.model)
+    bases, pipe = read_baselines(args.model), demo.load_pipeline(model=args.model)
     seeds = [measure_seed(args, pipe, seed, bases) for seed in runs.seeds(args)]
     results = {label: runs.summary([rows[label] for rows in seeds]) for label in seeds[0]}
     runs.write_json(args.docs / "merging.json", {"seeds": len(seeds)} | results)

@@ -9,8 +9,16 @@ from fake_concept import draw, make_concept, open_pipeline, run_tool
 
 from custom_diffusion import load_custom_diffusion, merge
 from custom_diffusion.errors import InputError
-from custom_diffusion.model.loading import base_tensors, load_text_encoder, load_tokenizer
+from custom_diffusion.model.loading import base_tensors, load_text
 from custom_diffusion.model.source import ModelSource
+from custom_diffusion.model.text_features import (
+    BATCH_SIZE,
+    add_tokens,
+    concept_words,
+    moments,
+    position_weights,
+    text_features,
+)
 from custom_diffusion.tools.merge import (
     CONTEXTS,
     MAX_LOST,
@@ -32,14 +40,6 @@ from custom_diffusion.weights.least_squares import (
     LeastSquares,
     check_contradictions,
     report,
-)
-from custom_diffusion.weights.text_features import (
-    BATCH_SIZE,
-    add_tokens,
-    concept_words,
-    moments,
-    position_weights,
-    text_features,
 )
 
 
@@ -193,27 +193,27 @@ def merged(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def both_read(merged, tiny_model):
-    """The merged weights, each part with its token's new name, the base's matrices, tokenizer and text encoder."""
+    """The merged weights, each part by its words there, the base's matrices, and the text encoders with the new words."""
     both, source = read_weights(merged / "both"), ModelSource(str(tiny_model))
-    tokenizer, text_encoder = load_tokenizer(source), load_text_encoder(source, torch.device("cpu"))
-    add_tokens(tokenizer, text_encoder, both.tokens)
+    text = load_text(source, torch.device("cpu"))
+    add_tokens(text, both.tokens)
     parts = {"<new1> cat": read_weights(merged / "cat"), "<new2> wooden pot": read_weights(merged / "pot")}
-    return both, parts, base_tensors(source, list(both.tensors)), tokenizer, text_encoder
+    return both, parts, base_tensors(source, list(both.tensors)), text
 
 
 def lost_in(sentences, weights, read):
     """Of each concept's trained change: the mean over the matrices, in these sentences and the padding after them."""
-    _, parts, base, *reader = read
+    _, parts, base, text = read
     shares = []
     for phrase, part in parts.items():
-        there = moments(*reader, [sentence.format(phrase) for sentence in sentences], [phrase.split()[0]])
+        there = moments(text, [sentence.format(phrase) for sentence in sentences], [phrase.split()[0]])
         reports = [report(weights[n], base[n], [part.tensors[n]], [there], there) for n in base]
         shares.append(sum(told.lost[0] for told in reports) / len(reports))
     return shares
 
 
 def test_sentences_that_the_merge_has_not_read_keep_more_than_of_plain_averages(merged, both_read):
-    both, parts, base, *_ = both_read
+    both, parts, base, _ = both_read
     assert list(both.tokens) == both.config["modifier_tokens"] == ["<new1>", "<new2>"]
     assert torch.equal(both.tokens["<new2>"], parts["<new2> wooden pot"].tokens["<new1>"])
     average = {n: sum(part.tensors[n] for part in parts.values()) / 2 for n in base}
@@ -228,12 +228,12 @@ def test_sentences_that_the_merge_has_not_read_keep_more_than_of_plain_averages(
 
 def test_a_handful_of_exact_rows_keeps_less_in_other_sentences(merged, both_read):
     """The paper's equations 4 and 5, with which this began: exact in two sentences, and far off in others."""
-    both, parts, base, *reader = both_read
+    both, parts, base, text = both_read
     captions = (merged / "captions.txt").read_text().splitlines()
     exact_in = ["photo of a {}", "{}"]
-    words = {p: concept_words(*reader, [s.format(p) for s in exact_in], [p.split()[0]]) for p in parts}
+    words = {p: concept_words(text, [s.format(p) for s in exact_in], [p.split()[0]]) for p in parts}
     rows = torch.cat(list(words.values()))
-    ordinary = moments(*reader, captions)
+    ordinary = moments(text, captions)
     ordinary += RIDGE * ordinary.trace() / len(ordinary) * torch.eye(len(ordinary))
     d = torch.linalg.solve(ordinary, rows.T).T
     paper = {}
@@ -244,6 +244,21 @@ def test_a_handful_of_exact_rows_keeps_less_in_other_sentences(merged, both_read
         assert torch.allclose(paper[name].double() @ rows.T, wishes.T, atol=1e-3)
     unread = ["the {} sitting in a bucket", "a bucket of {}"]
     assert sum(lost_in(unread, both.tensors, both_read)) < 0.6 * sum(lost_in(unread, paper, both_read))
+
+
+def test_concepts_of_a_model_with_two_text_encoders_are_merged(tiny_xl_model, tmp_path):
+    random, parts = torch.Generator().manual_seed(3), []
+    for seed, class_prompt in enumerate(["cat", "wooden pot"]):
+        weights = make_concept(tmp_path / class_prompt, tiny_xl_model, class_prompt=class_prompt, seed=seed)
+        embedding = 10 * torch.randn(32 + 40, generator=random)
+        parts.append(replace(weights, tokens={"<new1>": embedding}, token_widths=(32, 40)))
+    reports = merge(parts, output=tmp_path / "both")
+    assert all(max(told.lost) < 0.9 and told.change < told.trained_change for told in reports.values())
+    both = read_weights(tmp_path / "both")
+    assert both.token_widths == (32, 40) and torch.equal(both.tokens["<new2>"], parts[1].tokens["<new1>"])
+    narrow = replace(parts[1], tokens={"<new1>": torch.zeros(32)}, token_widths=())
+    with pytest.raises(InputError, match=r"the embedding of <new2> is \(32,\), the model's have 32 \+ 40 values"):
+        merge([parts[0], narrow], output=tmp_path / "never")
 
 
 def test_settings_say_what_it_is_made_of(merged):
@@ -400,28 +415,33 @@ def test_a_good_merge_is_reported_without_a_warning(capsys):
 
 
 @pytest.fixture(scope="module")
-def reader(tiny_model):
-    """Tokenizer and text encoder with two more tokens."""
-    source = ModelSource(str(tiny_model))
-    tokenizer, text_encoder = load_tokenizer(source), load_text_encoder(source, torch.device("cpu"))
+def reader(any_model):
+    """The text encoders of a model of each family, with two more tokens."""
+    text = load_text(ModelSource(str(any_model)), torch.device("cpu"))
     generator = torch.Generator().manual_seed(5)
-    tokens = {token: 10 * torch.randn(32, generator=generator) for token in ("<new1>", "<new2>")}
-    add_tokens(tokenizer, text_encoder, tokens)
-    rows = text_encoder.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(list(tokens))]
-    assert torch.equal(rows, torch.stack(list(tokens.values())))
-    return tokenizer, text_encoder
+    tokens = {token: 10 * torch.randn(sum(text.widths), generator=generator) for token in ("<new1>", "<new2>")}
+    add_tokens(text, tokens)
+    rows = [
+        encoder.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(list(tokens))]
+        for tokenizer, encoder in zip(text.tokenizers, text.encoders)
+    ]
+    assert torch.equal(torch.cat(rows, dim=1), torch.stack(list(tokens.values())))
+    return text
 
 
-def test_features_of_a_prompt_are_those_that_a_pipeline_draws_with(reader, tiny_model):
+def test_features_of_a_prompt_are_those_that_a_pipeline_draws_with(reader, any_model):
     prompts = ["a cat", "photo of a <new1> cat in a pot", "pot " * 30, ""]
-    ids, features = text_features(*reader, prompts)
-    assert ids.shape == (4, 16) and features.shape == (4, 16, 32)
+    ids, features = text_features(reader, prompts)
+    assert ids.shape == (4, 16) and features.shape == (4, 16, sum(reader.widths))
     assert features.dtype == torch.float64 and not features.requires_grad
-    pipe = open_pipeline(tiny_model)
-    pipe.tokenizer, pipe.text_encoder = reader
+    pipe = open_pipeline(any_model)
+    for name, part in reader.parts().items():
+        setattr(pipe, name, part)
     for prompt, ours in zip(prompts, features):
-        drawn_with, _ = pipe.encode_prompt(prompt, "cpu", 1, False)
-        assert torch.allclose(ours.float(), drawn_with[0], atol=1e-5)
+        drawn_with = pipe.encode_prompt(
+            prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        assert torch.allclose(ours.float(), drawn_with[0][0], atol=1e-5)
 
 
 def test_all_padding_weighs_as_much_as_one_word():
@@ -442,24 +462,26 @@ def test_moments_are_the_mean_of_the_prompts_read_in_batches(reader):
     assert len(prompts) > 2 * BATCH_SIZE
 
     def rows(prompt, own=None):
-        ids, features = text_features(*reader, [prompt])
-        return features[0] * position_weights(ids, reader[0].eos_token_id, own)[0].double().sqrt().unsqueeze(-1)
+        ids, features = text_features(reader, [prompt])
+        return features[0] * position_weights(ids, reader.tokenizers[0].eos_token_id, own)[0].double().sqrt().unsqueeze(
+            -1
+        )
 
-    own = torch.tensor(reader[0].convert_tokens_to_ids(["<new1>"]))
+    own = torch.tensor(reader.tokenizers[0].convert_tokens_to_ids(["<new1>"]))
     for tokens, ids in ((["<new1>"], own), (None, None)):
         expected = sum(rows(prompt, ids).T @ rows(prompt, ids) for prompt in prompts) / len(prompts)
-        assert torch.allclose(moments(*reader, prompts, tokens), expected, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(moments(reader, prompts, tokens), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_words_of_a_concept_are_its_token_and_all_after_it(reader):
     def features(prompt, *positions):
-        return text_features(*reader, [prompt])[1][0, positions]
+        return text_features(reader, [prompt])[1][0, positions]
 
-    own = concept_words(*reader, ["a pot", "photo of a <new1> cat"], ["<new1>"])
+    own = concept_words(reader, ["a pot", "photo of a <new1> cat"], ["<new1>"])
     assert torch.allclose(own, features("photo of a <new1> cat", 4, 5, 6), atol=1e-5)
-    both = concept_words(*reader, ["a <new2> pot <new1>"], ["<new1>", "<new2>"])
+    both = concept_words(reader, ["a <new2> pot <new1>"], ["<new1>", "<new2>"])
     assert torch.allclose(both, features("a <new2> pot <new1>", 2, 3, 4, 5), atol=1e-5)
-    assert len(concept_words(*reader, ["cat " * 20 + "<new1>"], ["<new1>"])) == 0  # beyond the model's 16 tokens
+    assert len(concept_words(reader, ["cat " * 20 + "<new1>"], ["<new1>"])) == 0  # beyond the model's 16 tokens
 
 
 def spoken(prompt, class_prompt=None, tokens=("<new1>",)):

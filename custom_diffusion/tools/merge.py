@@ -27,9 +27,12 @@ from custom_diffusion.files import whole_folder
 from custom_diffusion.progress import ProgressBar
 
 if TYPE_CHECKING:
+    import torch
+
     from custom_diffusion.model.source import ModelSource
-    from custom_diffusion.weights.constraints import LayerReport
+    from custom_diffusion.model.text_encoders import TextEncoders
     from custom_diffusion.weights.format import ConceptWeights
+    from custom_diffusion.weights.least_squares import LayerReport
 
 # Above this share of the trained change, little of a concept is left.
 MAX_LOST = 0.8
@@ -107,11 +110,11 @@ def merge(
     """
     import torch
 
-    from custom_diffusion.model.loading import base_tensors, empty_unet_for, load_text_encoder, load_tokenizer
+    from custom_diffusion.model.loading import base_tensors, empty_unet_for, load_text
     from custom_diffusion.model.source import base_of
+    from custom_diffusion.model.text_features import add_tokens
     from custom_diffusion.weights.format import ConceptWeights, as_weights, write_weights
     from custom_diffusion.weights.low_rank import full_tensors
-    from custom_diffusion.weights.text_features import add_tokens
 
     check_output_folder(output)
     parts = [as_weights(part) for part in weights]
@@ -126,19 +129,20 @@ def merge(
         if part.shapes().keys() != parts[0].shapes().keys():
             raise InputError(f"weights: '{name}' and '{names[0]}' are for different layers of the model")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    tokenizer, text_encoder = load_tokenizer(source), load_text_encoder(source, device)
-    parts, renamed = rename_clashing(parts, set(tokenizer.get_vocab()))
+    text = load_text(source, device)
+    parts, renamed = rename_clashing(parts, set().union(*(tokenizer.get_vocab() for tokenizer in text.tokenizers)))
     for name, changed in zip(names, renamed):
         for old, new in changed.items():
             print(f"{name}: {old} is now {new}")
-    add_tokens(tokenizer, text_encoder, {token: row for part in parts for token, row in part.tokens.items()})
+    tokens = {token: row for part in parts for token, row in part.tokens.items()}
+    add_tokens(text, tokens)
     ordinary = regularisation_captions(parts, captions, max_captions)
     base = base_tensors(source, parts[0].shapes())
     matrices = [full_tensors(part, base) for part in parts]
-    refuse_contradictions(tokenizer, text_encoder, names, parts, matrices)
-    tensors, reports = solve(tokenizer, text_encoder, parts, ordinary, matrices, base)
-    merged = ConceptWeights(tensors, {t: row for part in parts for t, row in part.tokens.items()})
-    merged.config = merged_config(names, source, parts, renamed)
+    refuse_contradictions(text, names, parts, matrices)
+    tensors, reports = solve(text, parts, ordinary, matrices, base)
+    config = merged_config(names, source, parts, renamed)
+    merged = ConceptWeights(tensors, tokens, config, token_widths=parts[0].token_widths)
     with whole_folder(Path(output)) as folder:
         write_weights(folder, merged, unet, ("safetensors", "bin"))
     print_reports(names, reports)
@@ -146,15 +150,14 @@ def merge(
     return reports
 
 
-def refuse_contradictions(tokenizer, text_encoder, names: list[str], parts: list, matrices: list) -> None:
+def refuse_contradictions(
+    text: TextEncoders, names: list[str], parts: list[ConceptWeights], matrices: list[dict]
+) -> None:
     """Raises InputError if two concepts want different things of words that both have."""
+    from custom_diffusion.model.text_features import concept_words
     from custom_diffusion.weights.least_squares import Contradiction, check_contradictions
-    from custom_diffusion.weights.text_features import concept_words
 
-    words = [
-        concept_words(tokenizer, text_encoder, [phrase for _, phrase, _ in phrases(part)], list(part.tokens))
-        for part in parts
-    ]
+    words = [concept_words(text, [phrase for _, phrase, _ in phrases(part)], list(part.tokens)) for part in parts]
     try:
         check_contradictions(words, matrices)
     except Contradiction as error:
@@ -164,10 +167,12 @@ def refuse_contradictions(tokenizer, text_encoder, names: list[str], parts: list
         ) from None
 
 
-def solve(tokenizer, text_encoder, parts: list[ConceptWeights], captions: list[str], matrices: list, base: dict):
+def solve(
+    text: TextEncoders, parts: list[ConceptWeights], captions: list[str], matrices: list[dict], base: dict
+) -> tuple[dict[str, torch.Tensor], dict[str, LayerReport]]:
     """The merged matrices and how well each does, by name."""
+    from custom_diffusion.model.text_features import moments
     from custom_diffusion.weights.least_squares import LeastSquares, merge_layers
-    from custom_diffusion.weights.text_features import moments
 
     groups = [(captions, None), ([""], None)]
     for part in parts:
@@ -176,7 +181,7 @@ def solve(tokenizer, text_encoder, parts: list[ConceptWeights], captions: list[s
         del prompts[HELD_OUT - 1 :: HELD_OUT]
         groups.append((prompts, tokens))
     reading = ProgressBar(groups, desc="Reading prompts", unit="group")
-    ordinary, unguided, *concepts = (moments(tokenizer, text_encoder, prompts, tokens) for prompts, tokens in reading)
+    ordinary, unguided, *concepts = (moments(text, prompts, tokens) for prompts, tokens in reading)
     held_out, fitted = concepts[::2], concepts[1::2]
     # Every image is drawn with the empty prompt too, for guidance: it weighs as much as all the captions.
     return merge_layers(LeastSquares(fitted, ordinary + unguided), matrices, base, held_out, ordinary)
