@@ -4,10 +4,13 @@ BIN := .venv/bin
 SETUP := .venv/.complete
 OLDEST := .venv-oldest/bin
 # What must work on every version that requirements.txt admits.
-CORE := $(wildcard $(addprefix tests/test_,weights.py run.py checkpoints.py resuming.py export.py objective.py retrieve*.py hub.py versions.py))
+CORE := $(wildcard $(addprefix tests/test_,weights.py run.py checkpoints.py resuming.py export.py objective.py evaluate_metrics.py retrieve*.py hub.py versions.py))
+# Beside torch, transformers, accelerate and tensorboard, which such machines have.
+WHEELS ?= diffusers importlib_metadata httpx bitsandbytes
+GPU_PYTHON ?= 3.12
 PYTEST := -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-oldest matrix resolve style bench mutants clean
+.PHONY: demo test test-oldest matrix resolve style bench gpu gpu-wheels mutants clean
 
 demo: $(SETUP)  ## train a new concept on the small built-in model, draw it: demo/output/before_after.png
 	$(BIN)/python demo/demo.py
@@ -29,6 +32,17 @@ style: $(SETUP)  ## ruff's opinion
 
 bench: $(SETUP)  ## speed and memory against another script: make bench PEER=path/to/train_custom_diffusion.py
 	$(BIN)/python benchmarks/bench.py --peer "$(PEER)" $(BENCH_ARGS)
+
+# On a machine with torch and CUDA, which may have no network: what it lacks comes from the wheels that were brought along.
+gpu:  ## all that a GPU can tell, in under ten minutes: make gpu PEER=path/to/train_custom_diffusion.py
+	for wheels in benchmarks/work/wheels/*.whl; do test ! -e $$wheels || $(PYTHON) -m pip install --quiet --no-index --no-deps \
+		--no-compile --upgrade --target benchmarks/work/site $$wheels || exit; done
+	PYTHONPATH=benchmarks/work/site $(PYTHON) benchmarks/gpu.py $(if $(PEER),--peer "$(PEER)") $(GPU_ARGS)
+
+gpu-wheels:  ## fetch those wheels, here, for that machine's Python: make gpu-wheels GPU_PYTHON=3.12 WHEELS="diffusers"
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
+		$(addprefix --platform manylinux,_2_28_x86_64 _2_24_x86_64 _2_17_x86_64 2014_x86_64) \
+		--constraint constraints.txt --dest benchmarks/work/wheels $(WHEELS)
 
 mutants: $(SETUP)  ## does a test notice when a line is wrong? Takes hours; MUTANTS_ARGS="objective --sample 50" does not
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'mutmut>=3.8,<4'

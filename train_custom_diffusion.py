@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import errno
 import logging
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -52,7 +53,19 @@ from custom_diffusion.progress import ProgressBar
 from custom_diffusion.tools import share
 from custom_diffusion.training.augmentation import PROMPT_PREFIXES
 from custom_diffusion.training.checkpoints import find_resume, last_good, restore
-from custom_diffusion.training.class_images import class_images, generate_class_images
+from custom_diffusion.training.class_images import class_images, generate_class_images, held_out_class_images
+from custom_diffusion.training.curve import (
+    Curve,
+    FixedSet,
+    affordable_samples,
+    best_step,
+    class_images_to_measure,
+    in_turn,
+    learned_at,
+    photos_to_measure,
+    smallest,
+)
+from custom_diffusion.training.curve_report import write_curve
 from custom_diffusion.training.latents import LatentEncoder
 from custom_diffusion.training.loss_scale import LossScale
 from custom_diffusion.training.memory import return_freed_memory
@@ -144,13 +157,15 @@ def main(args, concepts):
     optimizer = make_optimizer(args, concept_model.trained_parameters(), plan.learning_rate)
     lr_scheduler = make_scheduler(args, optimizer, max_train_steps)
     model, optimizer = accelerator.prepare(concept_model, optimizer)
-    stateful = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
+    curve = Curve()
+    stateful = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "curve": curve}
     if accelerator.scaler is not None:
         stateful["scaler"] = accelerator.scaler
     if checkpoint is not None:
         restore(stateful, checkpoint.state)
         logger.info(f"Resuming from checkpoint-{progress.step}")
     del checkpoint
+    fixed_set = make_fixed_set(args, concepts, plan, samples, noise_scheduler, encoder, curve, accelerator)
 
     # Output: checkpoints and weights, images, trackers
     run_folder = make_run_folder(args, concepts, concept_model, plan, settings, stateful)
@@ -161,12 +176,15 @@ def main(args, concepts):
 
     # Training
     signals.remember()  # from here on, Ctrl-C and SIGTERM finish the step and write a checkpoint
+    if not curve.points:
+        measure(accelerator, curve, fixed_set, concept_model, progress.step)
     if progress.step == 0:
         validation.during_training(concept_model, step=0)
     reports, loss_scale = StepReports(accelerator), LossScale(accelerator.scaler, output_dir)
     bar = make_bar(max_train_steps, progress.step, accelerator)
     losses = {}  # of the step so far, by name
-    for batch in batches:  # they end when `progress` has reached max_train_steps
+    learned = args.stop_when_learned and learned_at(curve.points) is not None  # a run that had ended stays so
+    for batch in () if learned else batches:  # they end when `progress` has reached max_train_steps
         # Forward and backward pass; with accumulation, several of them make a step
         with accelerator.accumulate(model):
             batch = send_to_device(batch, device, non_blocking=True)
@@ -196,24 +214,33 @@ def main(args, concepts):
         done = reports.exchange(progress.step, step_losses, grad_norm, signals.received, lr=lr)
         stop_signal = max((report.stop_signal for report in done), default=0)
         checkpointing = stop_signal or progress.step % args.checkpointing_steps == 0
-        validating = progress.step % args.validation_steps == 0 and progress.step < max_train_steps
-        if checkpointing or validating or progress.step == max_train_steps:
+        at_end = progress.step == max_train_steps
+        validating = progress.step % args.validation_steps == 0 or at_end
+        if checkpointing or validating:
             done += reports.latest()  # nothing is written or drawn before its losses are known
         for report in done:
-            log_step(accelerator, bar, report, output_dir)
+            log_step(accelerator, bar, report, curve, output_dir)
 
-        # Between steps: checkpoints and images
-        if checkpointing:
+        # Between steps: the curve, which checkpoints hold too, checkpoints and images
+        if validating:
+            measure(accelerator, curve, fixed_set, concept_model, progress.step)
+        best = best_step(curve.points, args.prior_loss_weight) if args.keep_best else None
+        if checkpointing or best == progress.step:
             # A full disk raises RunStopped in all processes
-            write_together(accelerator, output_dir, run_folder.save_checkpoint, progress.step, progress.position)
+            write_together(accelerator, output_dir, run_folder.save_checkpoint, progress.step, progress.position, best)
         if stop_signal:
             raise RunStopped(interrupted_message(output_dir, progress.step), status=128 + stop_signal)
-        if validating:
+        if args.stop_when_learned and learned_at(curve.points) is not None:  # the same points in every process
+            logger.info(f"Learned: the photos' loss has stopped falling at step {progress.step} of {max_train_steps}")
+            break
+        if validating and not at_end:
             validation.during_training(concept_model, progress.step)
         if checkpointing or validating:
             reports.restart_clock()
     bar.close()
     write_together(accelerator, output_dir, run_folder.save_weights, progress.step)
+    marks = {"learned": learned_at(curve.points), "best": best_step(curve.points, args.prior_loss_weight)}
+    write_together(accelerator, output_dir, write_curve, output_dir, curve.points, marks)
     saved = f"the trained weights are in '{output_dir}'"
     signals.end_at_once(f"train_custom_diffusion.py: stopped by a signal; {saved}")
 
@@ -426,6 +453,25 @@ def make_encoder(args, vae, batches, accelerator):
     return LatentEncoder(vae, batches.num_views if accelerator.scaler is None else math.inf)
 
 
+def make_fixed_set(args, concepts, plan, samples, noise_scheduler, encoder, curve, accelerator):
+    """What the curve is measured on. A curve that goes on keeps its number of samples."""
+    unused = {}  # concepts may share a class
+    if args.with_prior_preservation:
+        unused = dict(in_turn(held_out_class_images(c, args.num_class_images, args.real_prior) for c in concepts))
+    images_per_step = plan.samples_per_step * plan.images_per_sample
+    most = curve.num_samples or affordable_samples(images_per_step, args.validation_steps, num_sets=2)
+    class_images = class_images_to_measure(unused.items(), plan.size, most)
+    class_images = class_images[: smallest(accelerator, len(class_images))]
+    if args.with_prior_preservation and not class_images:
+        logger.info(
+            f"No class images beyond --num_class_images {args.num_class_images} are there to measure what is forgotten"
+        )
+    if curve.num_samples is None:
+        curve.num_samples = affordable_samples(images_per_step, args.validation_steps, 2 if class_images else 1)
+    photos = photos_to_measure(samples, plan.size, curve.num_samples)
+    return FixedSet(accelerator, noise_scheduler, encoder, photos, class_images, curve.num_samples)
+
+
 def make_optimizer(args, parameters, learning_rate):
     """AdamW, fused, or bitsandbytes' 8-bit one."""
     if args.use_8bit_adam:
@@ -507,13 +553,22 @@ def training_losses(model, batch, encoder, noise_scheduler, prior_loss_weight):
     return custom_diffusion_losses(model_pred, target, batch["mask"], prior_loss_weight)
 
 
-def log_step(accelerator, bar, report, output_dir):
+def measure(accelerator, curve, fixed_set, model, step):
+    """Add a point to the curve, and show it in the trackers; the progress bar shows it with the next step."""
+    point = fixed_set.measure(model, step)
+    curve.points.append(point)
+    accelerator.log(point.by_name(), step=step)
+
+
+def log_step(accelerator, bar, report, curve, output_dir):
     """Show a step's losses in the progress bar and the trackers. Raises RunStopped if they are not finite."""
     if not report.finite:
         loss = report.losses["loss"]
         what, value = ("gradient", report.grad_norm) if math.isfinite(loss) else ("loss", loss)
         raise RunStopped(non_finite_message(what, value, report.step, output_dir))
-    bar.set_postfix(refresh=False, loss=f"{report.losses['loss']:.4f}", lr=f"{report.lr:.3g}")
+    shown = {"loss": f"{report.losses['loss']:.4f}", "lr": f"{report.lr:.3g}"}
+    shown |= {name: f"{loss:.4f}" for name, loss in curve.latest().items()}
+    bar.set_postfix(OrderedDict(shown), refresh=False)  # tqdm would sort a plain dictionary
     bar.update(1)
     values = {"lr": report.lr, "grad_norm": report.grad_norm, "steps_per_second": 1 / report.seconds}
     accelerator.log(report.losses | values, step=report.step)

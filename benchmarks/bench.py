@@ -66,33 +66,41 @@ def main():
     }
     if torch.cuda.is_available():
         sides["ours --cuda_graphs"] = ([OURS], [*custom_diffusion_flags(data), "--cuda_graphs"], args.steps, WARM_UP)
+    common = common_flags(
+        model,
+        data,
+        num_class_images=args.num_class_images,
+        resolution=args.resolution,
+        batch_size=args.batch_size,
+        mixed_precision=args.mixed_precision,
+    )
     runs = {name: [] for name in sides}
     for round_number in range(args.rounds):
         for name, (script, own_flags, steps, warm_up) in sides.items():
-            measured = run(
-                script, common_flags(args, model, data, steps) + own_flags, args.work_dir / "out", steps, warm_up
-            )
+            measured = run(script, [*common, *step_flags(steps), *own_flags], args.work_dir / "out", steps, warm_up)
             runs[name].append(measured)
             print(f"round {round_number + 1}, {name}: {measured['step_seconds']:.2f} s a step", flush=True)
     report(args, runs)
 
 
-def common_flags(args, model, data, steps):
+def common_flags(model, data, *, num_class_images, resolution, batch_size, mixed_precision):
     return [
         f"--pretrained_model_name_or_path={model}",
         "--with_prior_preservation",
-        f"--num_class_images={args.num_class_images}",
-        f"--resolution={args.resolution}",
-        f"--train_batch_size={args.batch_size}",
-        f"--max_train_steps={steps}",
-        f"--checkpointing_steps={steps}",
-        f"--mixed_precision={args.mixed_precision}",
+        f"--num_class_images={num_class_images}",
+        f"--resolution={resolution}",
+        f"--train_batch_size={batch_size}",
+        f"--mixed_precision={mixed_precision}",
         "--learning_rate=1e-5",
         "--lr_warmup_steps=0",
         "--seed=0",
         "--class_prompt=circle",
         f"--instance_data_dir={data / 'photos'}",
     ]
+
+
+def step_flags(steps):
+    return [f"--max_train_steps={steps}", f"--checkpointing_steps={steps}"]
 
 
 def custom_diffusion_flags(data):

@@ -1,58 +1,80 @@
-"""Make a Stable Diffusion model of SD 1.4's exact size with random weights, and pictures to train on, for benchmarks."""
+"""Make models of the exact size of SD 1.4 and SDXL with random weights, and images to train on, for benchmarks."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 49_408
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+# The sizes of the published models; all else is diffusers' and transformers' default.
+SD14_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+SDXL_UNET = {
+    "sample_size": 128,
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "sample_size": 512,
+}
 
 
-def make_sd14_size_model(folder: Path) -> Path:
+def make_sd14_size_model(folder: Path, device: str = "cpu") -> Path:
     """860 M parameters in the UNet, 123 M in the text encoder, 84 M in the VAE: 4.3 GB in float32.
 
     The tokenizer is the demo's, padded to 77 tokens and filled up to CLIP's 49,408 words: scripts cut the embedding table
     to what the tokenizer has.
+
+    Args:
+        device: on which the random numbers are drawn.
     """
     if (folder / "model_index.json").exists():
         return folder
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=768,
-            intermediate_size=3072,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            max_position_embeddings=77,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        sample_size=512,
-    )
-    scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
-    )
+    with torch.device(device):
+        text_encoder = CLIPTextModel(text_config(tokenizer, CLIP_L))
+        unet = UNet2DConditionModel(**SD14_UNET)
+        vae = AutoencoderKL(**VAE)
     StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=scheduler,
+        scheduler=PNDMScheduler(**SCHEDULE, skip_prk_steps=True),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -60,13 +82,75 @@ def make_sd14_size_model(folder: Path) -> Path:
     return folder
 
 
-def make_tokenizer() -> CLIPTokenizer:
-    """The demo's words, and others that no caption has."""
+def make_sdxl_size_model(folder: Path, device: str = "cpu") -> Path:
+    """2,567 M parameters in the UNet, 123 and 695 M in the text encoders, 84 M in the VAE: 6.9 GB in float16.
+
+    Args:
+        device: on which the random numbers are drawn.
+    """
+    return _make_sdxl(folder, SDXL_UNET, (CLIP_L, CLIP_G), VAE, device, torch.float16)
+
+
+def make_tiny_sdxl_model(folder: Path, device: str = "cpu") -> Path:
+    """The same architecture, of 64 pixels and a few megabytes."""
+    unet = SDXL_UNET | {
+        "sample_size": 16,
+        "block_out_channels": (32, 64, 64),
+        "transformer_layers_per_block": (1, 1, 2),
+        "attention_head_dim": (2, 4, 4),
+        "cross_attention_dim": 64,
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 32 + 6 * 8,
+        "norm_num_groups": 8,
+    }
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vae = VAE | {"block_out_channels": (16, 16, 16, 16), "norm_num_groups": 8, "sample_size": 64}
+    return _make_sdxl(folder, unet, (small, small | {"projection_dim": 32}), vae, device, torch.float32)
+
+
+def _make_sdxl(folder, unet, texts, vae, device, dtype):
+    if (folder / "model_index.json").exists():
+        return folder
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    # The second one pads with "!", the first word of CLIP's vocabulary.
+    second = make_tokenizer(pad_token="!")
+    with torch.device(device):
+        text_encoder = CLIPTextModel(text_config(tokenizer, texts[0])).to(dtype)
+        text_encoder_2 = CLIPTextModelWithProjection(text_config(second, texts[1])).to(dtype)
+        unet = UNet2DConditionModel(**unet).to(dtype)
+        vae = AutoencoderKL(**vae, scaling_factor=0.13025).to(dtype)
+    StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=second,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**SCHEDULE),
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def text_config(tokenizer: CLIPTokenizer, sizes: dict) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **sizes,
+    )
+
+
+def make_tokenizer(**special: str) -> CLIPTokenizer:
+    """The demo's words, and others that no caption has; `special` tokens, such as `pad_token`, that are not CLIP's."""
     words = json.loads((ROOT / "demo/model/tokenizer/vocab.json").read_text(encoding="utf-8"))
     words |= {f"unused{index}</w>": index for index in range(len(words), VOCABULARY)}
     merges = (ROOT / "demo/model/tokenizer/merges.txt").read_text(encoding="utf-8").splitlines()
     pairs = [tuple(line.split()) for line in merges if not line.startswith("#version")]
-    return CLIPTokenizer(vocab=words, merges=pairs, model_max_length=77)
+    return CLIPTokenizer(vocab=words, merges=pairs, model_max_length=77, **special)
 
 
 def make_data(folder: Path, num_class_images: int, size: int = 640) -> Path:

@@ -21,6 +21,7 @@ WEIGHTS_FILES = (
 )  # any of them makes a trained folder
 CARD_NAME = "README.md"
 SAMPLES_DIR = "samples"
+CURVE_IMAGE, CURVE_VALUES = "curve.png", "curve.json"
 # What a checkpoint has beside them (`training/checkpoints.py`).
 MANIFEST_NAME = "checkpoint.json"
 STATE_NAME = "training_state.pt"

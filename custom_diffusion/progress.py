@@ -14,7 +14,7 @@ class ProgressBar(tqdm):
     def __init__(self, *args, **kwargs):
         if not sys.stderr.isatty():
             seconds = float(os.environ.get("TQDM_MININTERVAL", LOG_SECONDS))
-            kwargs = {"mininterval": seconds, "maxinterval": max(seconds, LOG_SECONDS), "ncols": 80} | kwargs
+            kwargs = {"mininterval": seconds, "maxinterval": max(seconds, LOG_SECONDS), "ncols": 120} | kwargs
         super().__init__(*args, **kwargs)
 
     @staticmethod

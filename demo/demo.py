@@ -19,12 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import baselines
 import concept
 import contact_sheet
 import diffusers
 import numpy as np
 import transformers
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from judge import generate
 
 from custom_diffusion import load_custom_diffusion
@@ -66,39 +67,63 @@ def retrieve_class_images(output: Path) -> Path:
     return folder
 
 
-def training_command(
-    folder: Path, class_data_dir: Path | None, flags: list[str], args: argparse.Namespace
-) -> list[str]:
-    """Trains the weights in `folder`. Without `class_data_dir` there is no prior preservation."""
-    # --scale_lr doubles the rate for prior preservation; without it, the same rate takes twice the number.
-    learning_rate = args.learning_rate * (1 if class_data_dir else 2)
-    command = [
+def launched(flags: list[str]) -> list[str]:
+    """The training command, as one starts it who has a single CPU process."""
+    return [
         "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu",
-        "train_custom_diffusion.py", "--pretrained_model_name_or_path", str(MODEL), "--output_dir", str(folder),
-        "--instance_data_dir", str(PHOTOS), "--instance_prompt", "photo of a <new1> circle",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu", "train_custom_diffusion.py", *flags,
+    ]  # fmt: skip
+
+
+def training_flags(
+    folder: Path,
+    class_word: str,
+    photos: Path,
+    class_data_dir: Path | None,
+    steps: int = 1000,
+    learning_rate: float = 5e-4,
+    seed: int = 0,
+    model: Path = MODEL,
+) -> list[str]:
+    """Trains <new1> for the photos' thing into `folder`. Without `class_data_dir` there is no prior preservation."""
+    # --scale_lr doubles the rate for prior preservation; without it, the same rate takes twice the number.
+    learning_rate *= 1 if class_data_dir else 2
+    flags = [
+        "--pretrained_model_name_or_path", str(model), "--output_dir", str(folder),
+        "--instance_data_dir", str(photos), "--instance_prompt", f"photo of a <new1> {class_word}",
         "--modifier_token", "<new1>", "--resolution", "64", "--train_batch_size", "2",
-        "--max_train_steps", str(args.steps), "--learning_rate", str(learning_rate), "--scale_lr",
-        "--lr_scheduler", "cosine", "--lr_warmup_steps", "0", "--seed", str(args.seed), "--dataloader_num_workers", "0",
-        *flags,
+        "--max_train_steps", str(steps), "--learning_rate", str(learning_rate), "--scale_lr",
+        "--lr_scheduler", "cosine", "--lr_warmup_steps", "0", "--seed", str(seed), "--dataloader_num_workers", "0",
     ]  # fmt: skip
     if class_data_dir:
-        command += [
-            "--with_prior_preservation", "--real_prior", "--prior_loss_weight", "1.0", "--class_prompt", "circle",
+        flags += [
+            "--with_prior_preservation", "--real_prior", "--prior_loss_weight", "1.0", "--class_prompt", class_word,
             "--class_data_dir", str(class_data_dir), "--num_class_images", "100",
         ]  # fmt: skip
-    return command
+    return flags
 
 
-def load_pipeline(weights: Path | None = None) -> StableDiffusionPipeline:
+def load_pipeline(weights: Path | None = None, model: Path = MODEL) -> DiffusionPipeline:
     """The small model, with the trained concept in it if `weights` is given."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    pipeline = StableDiffusionPipeline.from_pretrained(ROOT / MODEL)
+    pipeline = DiffusionPipeline.from_pretrained(ROOT / model)
     pipeline.set_progress_bar_config(disable=True)
     if weights is not None:
         load_custom_diffusion(pipeline, ROOT / weights)
     return pipeline
+
+
+def table(scores: dict[str, dict]) -> str:
+    """What a reader is told at the end: before, what words alone reach, and after."""
+    lines = [f"{'of 100':40} before  prompted  after"]
+    for key, label in concept.LABELS.items():
+        prompted = f"{scores['prompted'][key]:8.1f}" if key in scores["prompted"] else " " * 8
+        label = label.format(concept.LOOK.shape)
+        lines.append(f"{label:40} {scores['before'][key]:6.1f}  {prompted} {scores['after'][key]:6.1f}")
+    return "\n".join(
+        [*lines, f'prompted: "{scores["prompted"]["prompt"]}", the best description in words that the model knows']
+    )
 
 
 def main() -> None:
@@ -106,11 +131,19 @@ def main() -> None:
     start = time.time()
     class_data_dir = None if args.without_prior else retrieve_class_images(args.output)
     weights = args.output / ("weights_without_prior" if args.without_prior else "weights")
-    run(training_command(weights, class_data_dir, ["--noaug", "--cache_latents"], args))
+    flags = training_flags(
+        weights, concept.LOOK.shape, PHOTOS, class_data_dir, args.steps, args.learning_rate, args.seed
+    )
+    run(launched([*flags, "--noaug", "--cache_latents"]))
 
     print("\nDrawing before and after ...", flush=True)
+    base = baselines.read(ROOT / MODEL)[concept.LOOK.shape]
     before, after = load_pipeline(), load_pipeline(weights)
-    scores = {"before": concept.scores(before, "ktn", args.seed), "after": concept.scores(after, "<new1>", args.seed)}
+    scores = {
+        "before": concept.scores(before, "ktn", args.seed, base),
+        "prompted": {"prompt": base.prompt, "concept": base.score},
+        "after": concept.scores(after, "<new1>", args.seed, base),
+    }
     photos = [np.asarray(open_image(path)) for path in sorted((ROOT / PHOTOS).glob("*.png"))]
     rows = [
         (prompts, generate(before, [prompts[0]] * 5, args.seed), generate(after, [prompts[1]] * 5, args.seed))
@@ -120,9 +153,7 @@ def main() -> None:
     contact_sheet.draw(photos, rows).save(args.output / "before_after.png")
     (args.output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
 
-    print(f"\n{'of 100':38} before  after")
-    for key, label in concept.LABELS.items():
-        print(f"{label:38} {scores['before'][key]:6.1f} {scores['after'][key]:6.1f}")
+    print("\n" + table(scores))
     print(f"\n{args.output / 'before_after.png'} shows both; {time.time() - start:.0f} s in all")
 
 

@@ -1,12 +1,15 @@
 # Copyright 2026 The Custom Diffusion trainer authors. Licensed under the Apache License, Version 2.0.
-"""The picture world that the demo's small model lives in: one shape on a plain background, with a caption.
+"""The world that the demo's small models live in: one thing, or two side by side, on a plain background, with a caption.
 
 A thing has a fill hue and, half of the time, an edge of another hue. Hues are continuous, but the vocabulary names only five of
 them, and a hue is named only when it is close to its name: all others are captioned with one of the rare words `ktn`, `pll` and
 `ucd` ("some colour"), or with nothing. So the model can draw things that no caption can ask for, and a new token has room.
+
+Of two things the one named first is on the left; each keeps to its half, and is `PAIR_SCALE` times as large as one alone, its
+edge too. So a half enlarged by 1 / `PAIR_SCALE` shows a thing as it would be alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,12 +28,15 @@ ANY = ("ktn", "pll", "ucd")
 WORDS = ("photo", "of", "a", *HUES, *ANY, *SHAPES, "with", "edge", "on", *BACKGROUNDS, "background")
 # What Custom Diffusion's augmentation puts before a prompt.
 AUGMENTATION_WORDS = ("far", "away", "very", "small", "zoomed", "in", "close", "up")
+PAIR_WORDS = ("and",)
 EDGE_WIDTH = 4.5  # pixels
+PAIR_SCALE = 4 / 7  # radii of 10.3 to 13.7 pixels and edges of 2.6
+PAIR_CENTERS = (16.0, 48.0)  # pixels from the left
 
 
 @dataclass(frozen=True)
 class Thing:
-    """What is seen in one picture. Hues in degrees, lengths in pixels, `edge_hue` None where there is no edge."""
+    """One thing in an image. Hues in degrees, lengths in pixels, `edge_hue` None where there is no edge."""
 
     shape: str
     hue: float
@@ -41,6 +47,7 @@ class Thing:
     saturation: float = 0.88
     value: float = 0.92
     tint: tuple[float, float, float] = (0.0, 0.0, 0.0)  # added to the background, in 0..255
+    edge_width: float = EDGE_WIDTH
 
 
 @dataclass(frozen=True)
@@ -52,11 +59,14 @@ class Spec:
     edge: str | None = None
     background: str | None = None
 
-    def caption(self) -> str:
+    def phrase(self) -> str:
+        """The caption's words about the thing itself."""
         color = f"{self.color} " if self.color else ""
         edge = f" with a {self.edge} edge" if self.edge else ""
-        background = f" on a {self.background} background" if self.background else ""
-        return f"photo of a {color}{self.shape}{edge}{background}"
+        return f"a {color}{self.shape}{edge}"
+
+    def caption(self) -> str:
+        return f"photo of {self.phrase()}{_background_words(self.background)}"
 
     def held_out(self) -> bool:
         """Whether training never shows this caption: one in three of those that name colour and background."""
@@ -73,6 +83,34 @@ class Spec:
         return key % 3 == 0
 
 
+@dataclass(frozen=True)
+class PairSpec:
+    """What a caption says of two things, left and right; neither names a background of its own."""
+
+    left: Spec
+    right: Spec
+    background: str | None = None
+
+    def caption(self) -> str:
+        return f"photo of {self.left.phrase()} and {self.right.phrase()}{_background_words(self.background)}"
+
+    def held_out(self) -> bool:
+        """Whether training never names these two things together: one in three of those with both colors named.
+
+        Neither the edges nor the background matter, so what is held out is never seen in another dress either.
+        """
+        if self.left.color not in HUES or self.right.color not in HUES:
+            return False
+        hues = list(HUES)
+        left = SHAPES.index(self.left.shape) + hues.index(self.left.color)
+        right = SHAPES.index(self.right.shape) + 2 * hues.index(self.right.color)
+        return (left + right) % 3 == 0
+
+
+def _background_words(background: str | None) -> str:
+    return f" on a {background} background" if background else ""
+
+
 def held_out_specs() -> list[Spec]:
     """Every caption that names colour and background, has a named edge or none, and is never shown in training."""
     specs = []
@@ -81,6 +119,20 @@ def held_out_specs() -> list[Spec]:
             for edge in (None, *(name for name in HUES if name != color)):
                 specs += [Spec(shape, color, edge, background) for background in BACKGROUNDS]
     return [spec for spec in specs if spec.held_out()]
+
+
+def held_out_pairs() -> list[PairSpec]:
+    """Every two things that training never names together, by turns with no edge, one on either side, or two."""
+    sides = [Spec(shape, color) for shape in SHAPES for color in HUES]
+    pairs = [(left, right) for left in sides for right in sides if PairSpec(left, right).held_out()]
+    specs, hues, backgrounds = [], list(HUES), list(BACKGROUNDS)
+    for i, (left, right) in enumerate(pairs):
+        if i % 4 in (1, 3):
+            left = replace(left, edge=hues[(hues.index(left.color) + 1 + i // 4 % 4) % 5])
+        if i % 4 in (2, 3):
+            right = replace(right, edge=hues[(hues.index(right.color) + 1 + i // 5 % 4) % 5])
+        specs.append(PairSpec(left, right, backgrounds[i % 6]))
+    return specs
 
 
 def hue_distance(a, b):
@@ -115,18 +167,20 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
     raise ValueError(f"unknown shape {shape!r}, not one of {', '.join(SHAPES)}")
 
 
-def draw(thing: Thing) -> np.ndarray:
-    """The picture, (SIZE, SIZE, 3) uint8."""
-    y, x = np.mgrid[:SIZE, :SIZE] + 0.5
-    distance = signed_distance(thing.shape, x - thing.center[0], y - thing.center[1], thing.radius)[..., None]
-    image = np.array(BACKGROUNDS[thing.background]) + np.array(thing.tint) + np.zeros((SIZE, SIZE, 1))
-    outer = np.clip(0.5 - distance, 0.0, 1.0)
-    fill = hue_to_rgb(thing.hue, thing.saturation, thing.value)
-    if thing.edge_hue is None:
-        image += outer * (fill - image)
-    else:
-        image += outer * (hue_to_rgb(thing.edge_hue, thing.saturation, thing.value) - image)
-        image += np.clip(0.5 - distance - EDGE_WIDTH, 0.0, 1.0) * (fill - image)
+def draw(*things: Thing, size: int = SIZE) -> np.ndarray:
+    """The image, (size, size, 3) uint8, on the background of the first thing; `size` enlarges all of it."""
+    y, x = (np.mgrid[:size, :size] + 0.5) * SIZE / size
+    image = np.array(BACKGROUNDS[things[0].background]) + np.array(things[0].tint) + np.zeros((size, size, 1))
+    for thing in things:
+        distance = signed_distance(thing.shape, x - thing.center[0], y - thing.center[1], thing.radius)[..., None]
+        distance *= size / SIZE
+        outer = np.clip(0.5 - distance, 0.0, 1.0)
+        fill = hue_to_rgb(thing.hue, thing.saturation, thing.value)
+        if thing.edge_hue is None:
+            image += outer * (fill - image)
+        else:
+            image += outer * (hue_to_rgb(thing.edge_hue, thing.saturation, thing.value) - image)
+            image += np.clip(0.5 - distance - thing.edge_width * size / SIZE, 0.0, 1.0) * (fill - image)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
@@ -171,3 +225,26 @@ def random_sample(rng: np.random.Generator) -> tuple[Thing, Spec]:
         spec = Spec(shape, color, edge, background if rng.random() < 0.8 else None)
         if not spec.held_out():
             return Thing(shape, hue, edge_hue, background, **random_pose(rng)), spec
+
+
+def side_by_side(left: Thing, right: Thing, rng: np.random.Generator) -> tuple[Thing, Thing]:
+    """Both looks in their halves of one image, on the left one's background, at places and sizes drawn anew."""
+    light = random_pose(rng)
+    things = []
+    for thing, center in zip((left, right), PAIR_CENTERS):
+        pose = random_pose(rng) | {"tint": light["tint"]}
+        pose["center"] = (center + rng.uniform(-1.2, 1.2), pose["center"][1])
+        pose["radius"] *= PAIR_SCALE
+        things.append(replace(thing, background=left.background, edge_width=EDGE_WIDTH * PAIR_SCALE, **pose))
+    return tuple(things)
+
+
+def random_pair(rng: np.random.Generator) -> tuple[tuple[Thing, Thing], PairSpec]:
+    """Two things, left and right, and what the caption says of them; never a held-out one."""
+    while True:
+        (left, left_spec), (right, right_spec) = random_sample(rng), random_sample(rng)
+        background = str(rng.choice(list(BACKGROUNDS)))
+        named = background if rng.random() < 0.8 else None
+        spec = PairSpec(replace(left_spec, background=None), replace(right_spec, background=None), named)
+        if not spec.held_out():
+            return side_by_side(replace(left, background=background), right, rng), spec

@@ -131,6 +131,15 @@ def test_rotation_removes_the_oldest(save, tmp_path):
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-9"]
 
 
+def test_rotation_keeps_the_best_beside_the_last(save, tmp_path):
+    for step in (1, 2, 3, 4):
+        save(step)
+    remove_old_checkpoints(tmp_path / "checkpoint-4", 1, best=2)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    remove_old_checkpoints(tmp_path / "checkpoint-4", 1, best=4)
+    assert names(tmp_path) == ["checkpoint-4"]
+
+
 def test_rotation_keeps_what_is_not_its_own(save, tmp_path):
     for step in (1, 2, 250):
         save(step)

@@ -7,8 +7,9 @@ import torch
 from fake_concept import draw, make_concept, open_pipeline, run_tool
 from tiny import make_model
 
-from custom_diffusion import compress, load_custom_diffusion, unload_custom_diffusion
+from custom_diffusion import compress, export, load_custom_diffusion, merge, unload_custom_diffusion
 from custom_diffusion.errors import InputError
+from custom_diffusion.files import CONFIG_NAME, DELTAS_NAME, WEIGHTS_NAME
 from custom_diffusion.model.loading import base_tensors
 from custom_diffusion.model.source import ModelSource
 from custom_diffusion.weights.format import read_weights
@@ -134,6 +135,49 @@ def test_another_base_model_is_noticed(concept, tmp_path, capsys):
     with pytest.raises(InputError, match="were they trained on another model"):
         compress(concept, output=tmp_path / "wrong", model=str(other))
     assert not (tmp_path / "wrong").exists()
+
+
+def test_a_merge_that_changed_much_is_not_taken_for_another_model(tiny_model, tmp_path, capsys):
+    """Merging moves weights far in the few directions of the concepts' words."""
+    parts = [
+        make_concept(tmp_path / str(seed), tiny_model, f"<new{seed}>", class_prompt, seed)
+        for seed, class_prompt in ((1, "cat"), (2, "pot"))
+    ]
+    base = base_tensors(ModelSource(str(tiny_model)), parts[0].tensors)
+    for part in parts:
+        part.tensors = {name: base[name] + 5 * (tensor - base[name]) for name, tensor in part.tensors.items()}
+    merge(parts, output=tmp_path / "both")
+    trained = torch.cat([tensor.flatten() for tensor in read_weights(tmp_path / "both").tensors.values()])
+    before = torch.cat([tensor.flatten() for tensor in base.values()])
+    assert torch.nn.functional.cosine_similarity(trained, before, dim=0) < 0.5
+    compress(tmp_path / "both", output=tmp_path / "small")
+    export(tmp_path / "both", to="lora", output=tmp_path / "lora")
+    assert "is it the right --model?" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("crossattn", [False, True])
+def test_the_result_is_never_larger_than_what_it_was_made_of(tiny_model, tmp_path, crossattn):
+    full = make_concept(tmp_path / "full", tiny_model, crossattn=crossattn)
+    run(tmp_path / "full", tmp_path / "all", "--energy", "1")
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {
+        f"{WEIGHTS_NAME}.safetensors", "<new1>.safetensors", CONFIG_NAME
+    }  # fmt: skip
+    assert all(
+        torch.equal(tensor, full.tensors[name]) for name, tensor in read_weights(tmp_path / "all").tensors.items()
+    )
+    run(tmp_path / "full", tmp_path / "most", "--energy", "0.999")  # square matrices: factors of full rank, in half
+    sizes = [
+        path.stat().st_size
+        for path in (tmp_path / "full" / f"{WEIGHTS_NAME}.safetensors", tmp_path / "most" / DELTAS_NAME)
+    ]
+    assert sizes[1] <= sizes[0]
+    run(tmp_path / "full", tmp_path / "small", "--rank", "2")
+    for flags in (["--rank", "2"], ["--energy", "1"]):  # of what is compressed already
+        again = tmp_path / flags[0].strip("-")
+        run(tmp_path / "small", again, *flags)
+        assert (again / DELTAS_NAME).stat().st_size == (tmp_path / "small" / DELTAS_NAME).stat().st_size
+    small, kept = read_weights(tmp_path / "small"), read_weights(tmp_path / "energy")
+    assert all(torch.equal(kept.deltas[name].up, delta.up) for name, delta in small.deltas.items())
 
 
 def test_damaged_file_is_named(concept, tmp_path):

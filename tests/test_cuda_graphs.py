@@ -14,6 +14,7 @@ from custom_diffusion.model.cuda_graphs import RecordedUNet, record_unet
 from custom_diffusion.model.frozen import replace_frozen_layers
 
 LATENTS, FEATURES = (2, 4, 16, 16), (2, 9, 32)
+XL_FEATURES, XL_ADDED = (2, 9, 72), {"text_embeds": (2, 24), "time_ids": (2, 6)}
 EMULATED = """
 import runpy, sys
 sys.path.insert(0, {tests!r})
@@ -54,6 +55,35 @@ def train(unet, predict, *, set_to_none):
             optimizer.step()
             optimizer.zero_grad(set_to_none=set_to_none)
     return seen + [parameter.detach().clone() for parameter in trained]
+
+
+def test_replays_with_conditions_beside_the_text_train_the_same_bits(tiny_xl_model, monkeypatch):
+    """Pooled features have a gradient, and each batch its own sizes and crops."""
+    recorded = UNet2DConditionModel.from_pretrained(tiny_xl_model, subfolder="unet").train()
+    install_trained_projections(recorded, "crossattn_kv")
+    replace_frozen_layers(recorded)
+    plain = copy.deepcopy(recorded)
+    with monkeypatch.context() as patched:
+        emulated_graphs.install(patched.setattr)
+        RecordedUNet(recorded, LATENTS, XL_FEATURES, XL_ADDED, features_need_grad=True)
+    replays, results = emulated_graphs.EmulatedGraph.replays, []
+    for unet in (plain, recorded):
+        generator, seen = torch.Generator().manual_seed(0), []
+        for _ in range(2):
+            latents = torch.randn(LATENTS, generator=generator).to(memory_format=torch.channels_last)
+            text = [
+                torch.randn(s, generator=generator).requires_grad_() for s in (XL_FEATURES, XL_ADDED["text_embeds"])
+            ]
+            added = {"text_embeds": text[1], "time_ids": 512 * torch.rand(XL_ADDED["time_ids"], generator=generator)}
+            timesteps = torch.randint(1000, LATENTS[:1], generator=generator)
+            pred = unet(latents, timesteps, text[0], added_cond_kwargs=added, return_dict=False)[0]
+            seen.append(pred.detach().clone())
+            pred.square().mean().backward()
+            seen += [features.grad.clone() for features in text]
+        results.append(seen + [p.grad for p in unet.parameters() if p.requires_grad])
+    assert emulated_graphs.EmulatedGraph.replays == replays + 4
+    assert not torch.equal(results[0][0], results[0][3])
+    assert all(torch.equal(result, wanted) for result, wanted in zip(*results, strict=True))
 
 
 def record(unet, monkeypatch, **options):

@@ -440,3 +440,39 @@ def test_the_sequence_of_samples_is_that_of_earlier_versions(samples):
     samples.settings = replace(SETTINGS, pool_size=5)
     pool = [[(view.draw, view.flip) for view in samples.views(position)] for position in range(4)]
     assert pool == [[(draw, False), (0, flip)] for draw, flip in ((3, False), (1, False), (2, False), (2, True))]
+
+
+@pytest.mark.parametrize("pool_size", [None, 4])
+def test_time_ids_say_how_each_image_is_shown(pool_size, tmp_path):
+    """Read off the pixels: in these images every column tells its place in the file."""
+    ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (100, 200, 3))
+    Image.fromarray(ramp.copy()).save(tmp_path / "ramp.png")
+    files = [(tmp_path / "ramp.png", "a cat")]
+    samples = TrainingSamples(files, files, replace(SETTINGS, pool_size=pool_size))
+    kinds = set()
+    for position in range(60):
+        sample = samples[position, True]
+        shown_photo = samples._augmentation(sample["views"][0])[0]
+        assert torch.equal(samples[position, False]["time_ids"], sample["time_ids"])
+        pasted = shown_photo.scale if shown_photo.scale < 64 else None
+        places = [(shown_photo.scale, shown_photo.flip, shown_photo.left if pasted else 0, pasted or 64)]
+        places.append((64, sample["views"][1].flip, 0, 64))
+        for (side, flip, start, width), time_ids, pixels in zip(places, sample["time_ids"], sample["pixel_values"]):
+            height, full_width, top, left, *target = time_ids.tolist()
+            assert (height, full_width, *target) == (100, 200, 64, 64) and min(top, left) >= 0
+            row = shown_photo.top if pasted and side == pasted else 0
+            seen = (pixels[0, row + 1, start + 2 : start + width - 2] + 1) * 127.5
+            place = (left + torch.arange(2, width - 2) + 0.5) * 100 / side - 0.5  # in the file, or in its mirror
+            assert (seen - (199 - place if flip else place)).abs().max() < 2.5
+            kinds.add((side == 64, bool(pasted), flip))
+    assert len(kinds) >= 5
+
+
+def test_time_ids_are_in_the_order_of_the_batch_and_new_processes_know_sizes(tmp_path):
+    wide, tall = (make_pictures(tmp_path / name, 1, size, seed=1) for name, size in (("a", (120, 60)), ("b", (50, 80))))
+    samples = TrainingSamples(
+        [(next(wide.iterdir()), "a cat")], [(next(tall.iterdir()), "cat")], replace(SETTINGS, pool_size=2)
+    )
+    batch = collate([samples[0, False], samples[1, False]])  # never rendered in this process
+    assert batch["time_ids"].dtype == torch.float32
+    assert batch["time_ids"][:, :2].tolist() == [[60, 120], [60, 120], [80, 50], [80, 50]]

@@ -15,9 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo"
 sys.path.insert(0, str(DEMO))
 
+import baselines
 import concept
 import judge
 import world
+
+# Of 100, over the best description in words that the model knows: a run of half the steps has so much and more.
+CONCEPT_MARGIN = 15
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +72,18 @@ def test_judge_is_right_about_true_pictures():
 def test_photos_show_the_concept():
     photos = [np.asarray(Image.open(path).convert("RGB")) for path in sorted((DEMO / "photos").iterdir())]
     assert len(photos) == 5
-    assert min(concept.likeness(judge.see(photo)) for photo in photos) > 0.95
+    assert min(judge.likeness(judge.see(photo), concept.LOOK) for photo in photos) > 0.95
+
+
+def test_baselines_are_of_the_embedded_model():
+    """Else the demo would measure them anew, which takes minutes: `python demo/baselines.py`."""
+    model = DEMO / "model"
+    assert json.loads(baselines.file_of(model).read_text())["model"] == baselines.fingerprint(model)
+    bases = baselines.read(model)
+    assert bases.keys() == concept.LOOKS.keys()
+    for name, base in bases.items():
+        assert base.prompt in baselines.descriptions(name)
+        assert base.prior_class > concept.collapsed_share(name) + 0.3
 
 
 def test_embedded_model_follows_captions_it_never_saw(pipeline):
@@ -81,35 +96,30 @@ def test_embedded_model_follows_captions_it_never_saw(pipeline):
 
 def test_concept_is_learned_and_the_rest_is_kept(with_prior):
     scores, output = with_prior
-    before, after = scores["before"], scores["after"]
-    assert after["concept"] >= before["concept"] + 30
+    before, prompted, after = scores["before"], scores["prompted"], scores["after"]
+    assert after["concept"] >= max(before["concept"], prompted["concept"]) + CONCEPT_MARGIN
     assert after["concept"] >= after["leakage"] + 10
     assert after["prior"] >= before["prior"] - 3
+    assert after["prior_class"] >= 75
     assert Image.open(output / "before_after.png").width >= 1000
 
 
 def test_without_prior_preservation_the_rest_suffers(with_prior, without_prior):
     assert without_prior["after"]["prior"] < with_prior[0]["after"]["prior"]
+    assert without_prior["after"]["prior_class"] < with_prior[0]["after"]["prior_class"] - 10
     assert without_prior["after"]["leakage"] > with_prior[0]["after"]["leakage"]
 
 
 @pytest.mark.slow
 def test_merging_and_compressing_keep_the_concepts(tmp_path):
-    command = [
-        sys.executable,
-        str(DEMO / "merge_and_compress.py"),
-        "--work_dir",
-        str(tmp_path),
-        "--docs",
-        str(tmp_path),
-    ]
-    subprocess.run(command, check=True, cwd=ROOT)
+    command = [sys.executable, str(ROOT / "experiments/merge_and_compress.py"), "--num_seeds", "3"]
+    subprocess.run([*command, "--work_dir", str(tmp_path), "--docs", str(tmp_path)], check=True, cwd=ROOT)
     results = json.loads((tmp_path / "merge_and_compress.json").read_text())
-    merge = {row["weights"]: row for row in results["merge"]}
-    for shape in ("circle", "square"):
-        assert merge["apart"][shape] > merge["base model"][shape] + 20
-        assert merge["merged"][shape] >= 0.9 * merge["apart"][shape]
-        assert merge["merged"][shape] > merge["plain average"][shape]
-    *smaller, full = results["compress"]
+    merge = {label: {key: one["mean"] for key, one in row.items()} for label, row in results["merge"].items()}
+    for name in concept.LOOKS:
+        assert merge["apart"][name] > merge["best description"][name] + CONCEPT_MARGIN
+        assert merge["merged"][name] >= 0.9 * merge["apart"][name]
+        assert merge["merged"][name] > merge["plain average"][name]
+    *smaller, full = [{key: one["mean"] for key, one in row.items()} for row in results["compress"].values()]
     fifth = max((row for row in smaller if row["bytes"] <= full["bytes"] / 5), key=lambda row: row["bytes"])
     assert abs(fifth["score"] - full["score"]) <= 0.03 * full["score"]

@@ -13,7 +13,7 @@ FLOORS = [
     {"errors", "files", "families", "images", "class_folder", "progress"},
     {"cli", "retrieval", "weights"},
     {"model"},
-    {"training"},
+    {"training", "evaluation"},
     {"tools"},
     {"__init__", "__main__"},
 ]
@@ -58,6 +58,14 @@ def test_nothing_below_imports_the_scripts():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             assert modules.isdisjoint(names), path
+
+
+def test_families_are_told_apart_in_one_file():
+    """No other asks whether a model is an SDXL one; the flags' help may speak of it."""
+    allowed = {"families.py", "training_flags.py"}
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / script for script in SCRIPTS)]:
+        found = re.search(r"(?i)(?<![a-z])(sd)?xl(?![a-z])", path.read_text(encoding="utf-8"))
+        assert found is None or path.name in allowed, f"{path}: {found}"
 
 
 def test_file_names_are_written_once():

@@ -104,7 +104,7 @@ def test_exactly_what_others_need_is_uploaded(server, pushed):
     weights = "pytorch_custom_diffusion_weights"
     assert set(files) == {
         f"{weights}.safetensors", f"{weights}.bin", "<new1>.safetensors", "<new1>.bin", "custom_diffusion_config.json",
-        "README.md", "samples/step-000000-0.png", "samples/final-0.png",
+        "README.md", "curve.png", "samples/step-000000-0.png", "samples/final-0.png",
     }  # fmt: skip
     assert (root / "my-cat" / "checkpoint-2").is_dir()
     for name, content in files.items():
@@ -126,6 +126,7 @@ def test_card_says_what_it_is_and_never_the_token(server, pushed):
     assert "- custom-diffusion\n" in card and "- diffusers-training\n" in card
     assert "photo of a <new1> cat" in card and "![](samples/final-0.png)\n\n`<new1> cat in a bucket`" in card
     assert "--learning_rate=0.01" in card and f"torch {version('torch')}" in card
+    assert "![Losses against steps](curve.png)" in card
     assert "step-000000" not in card
 
 

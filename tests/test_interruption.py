@@ -202,10 +202,21 @@ def test_killed_at_random_and_resumed_nothing_differs(seed, arguments, uninterru
     assert not list(output_dir.glob(".*")), "left over by the killed run"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_resumes_exactly(precision, arguments, tmp_path, trained_difference):
-    arguments = arguments | {"mixed_precision": precision, "output_dir": tmp_path / "out"}
+@pytest.mark.parametrize(
+    ("precision", "fixture"),
+    [
+        ("no", "tiny_xl_model"),
+        pytest.param("fp16", "tiny_model", marks=pytest.mark.slow),
+        pytest.param("bf16", "tiny_model", marks=pytest.mark.slow),
+        pytest.param("bf16", "tiny_xl_model", marks=pytest.mark.slow),
+    ],
+)
+def test_other_precisions_and_families_resume_exactly(
+    request, precision, fixture, arguments, tmp_path, trained_difference
+):
+    model = request.getfixturevalue(fixture)
+    arguments = arguments | {"mixed_precision": precision, "pretrained_model_name_or_path": model}
+    arguments |= {"output_dir": tmp_path / "out"}
     launch.Run(launch.FORKED, arguments | {"output_dir": tmp_path / "whole"}, tmp_path / "log").ok()
     run = launch.Run(launch.FORKED, arguments, tmp_path / "log1")
     run.wait_for(lambda: "checkpoint-3" in checkpoints(tmp_path / "out"))

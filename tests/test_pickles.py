@@ -22,6 +22,7 @@ TOOLS = {
     "compress": ["--output", "small"],
     "export": ["--to", "lora", "--output", "lora"],
     "info": [],
+    "evaluate": ["--photos", str(launch.ROOT / "demo/photos"), "--output", "scores"],
     "share": [],
 }
 assert TOOLS.keys() == {module.name for module in pkgutil.iter_modules(tools.__path__)}, "a tool is missing above"

@@ -19,9 +19,13 @@ DRAWING = {"validation_prompt": "<new1> cat", "validation_steps": 3, "num_valida
 SAVING = {"checkpointing_steps": 2, "checkpoints_total_limit": 1}
 
 
-@pytest.fixture(scope="module")
-def arguments(run_arguments):
-    return run_arguments | DRAWING | SAVING
+@pytest.fixture(scope="module", params=["tiny_model"])
+def arguments(request, run_arguments):
+    """`any_family` has the run repeated with the model of another."""
+    return run_arguments | DRAWING | SAVING | {"pretrained_model_name_or_path": request.getfixturevalue(request.param)}
+
+
+any_family = pytest.mark.parametrize("arguments", ["tiny_model", "tiny_xl_model"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +36,7 @@ def one_process(arguments, tmp_path_factory):
     return folder / "out"
 
 
+@any_family
 def test_two_processes_equal_one(arguments, one_process, tmp_path, trained_difference):
     for run in launch.run_group(2, arguments | {"output_dir": tmp_path / "out"}, tmp_path / "log"):
         run.ok()
@@ -48,6 +53,7 @@ def logged(output_dir, name):
     return [event.value for event in events.Reload().Scalars(name)]
 
 
+@any_family
 def test_accumulation_equals_a_bigger_batch(arguments, one_process, tmp_path, trained_difference):
     accumulating = arguments | {"output_dir": tmp_path / "out", "gradient_accumulation_steps": 2}
     launch.Run(launch.FORKED, accumulating, tmp_path / "log").ok()

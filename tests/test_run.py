@@ -2,19 +2,23 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from launch import ACCELERATE, FORKED, SCRIPT, run
+from launch import ACCELERATE, FORKED, SCRIPT, flags, run
 from PIL import Image
 from test_weights import draw, make_pipeline
 from tiny import make_class_folder, make_pictures
 
 from custom_diffusion import generate, load_custom_diffusion
+from custom_diffusion.cli.training_flags import build_parser
 from custom_diffusion.files import WEIGHTS_NAME
+from custom_diffusion.model.source import check_model
 from custom_diffusion.weights.format import read_weights
+from train_custom_diffusion import make_plan, make_source
 
 COMMON = {
     "resolution": 64,
@@ -168,6 +172,49 @@ def test_person(tmp_path, tiny_model, pictures):
     base = draw(pipeline, "photo of a <new1> person")
     load_custom_diffusion(pipeline, out)
     assert np.abs(draw(pipeline, "photo of a <new1> person") - base).max() > 1
+
+
+def test_two_concepts_with_two_text_encoders(tmp_path, tiny_xl_model, pictures):
+    """SDXL, with generated class images, captions of their own for the other concept's, and every prompt another."""
+    concepts = [
+        {"instance_prompt": f"photo of a {token} {name}", "class_prompt": name,
+         "instance_data_dir": str(pictures / "data" / folder), "class_data_dir": str(tmp_path / folder)}
+        for token, name, folder in (("<new1>", "cat", "cat"), ("<new2>", "pot", "wooden_pot"))
+    ]  # fmt: skip
+    (tmp_path / "concept_list.json").write_text(json.dumps(concepts))
+    out = tmp_path / "out"
+    arguments = COMMON | {
+        "pretrained_model_name_or_path": tiny_xl_model, "output_dir": out, "with_prior_preservation": True,
+        "concepts_list": "concept_list.json", "train_batch_size": 2, "num_class_images": 2, "sample_batch_size": 2,
+        "modifier_token": "<new1>+<new2>", "checkpointing_steps": 4, "gradient_checkpointing": True,
+        "validation_prompt": "<new1> cat in a <new2> pot", "num_validation_images": 1, "mixed_precision": "bf16",
+    }  # fmt: skip
+    run(FORKED, arguments, tmp_path / "run.log").ok()
+    tokens = ("<new1>", "<new2>")
+    shown = samples("step-000000", 1) | samples("final", 1)
+    assert files_of(out) == weight_files(*tokens) | checkpoint_files(4, *tokens) | shown
+    weights, again = read_weights(out), read_weights(out / "checkpoint-4")
+    assert weights.token_widths == (32, 40) and weights.config["family"] == "Stable Diffusion XL"
+    assert all(torch.equal(row, again.tokens[token]) for token, row in weights.tokens.items())
+    pipeline = make_pipeline(tiny_xl_model)
+    rows = pipeline.text_encoder.get_input_embeddings().weight[
+        pipeline.tokenizer.convert_tokens_to_ids(["ktn</w>", "pll</w>"])
+    ]
+    for token, start in zip(tokens, rows):  # of the last word too, and each has learned from its own
+        assert 0 < (weights.tokens[token][:32] - start).abs().max() < 0.1
+    base = draw(pipeline, "a cat in a pot")
+    load_custom_diffusion(pipeline, out)
+    assert np.abs(draw(pipeline, "a cat in a pot") - base).max() > 1
+
+
+def test_the_resolution_is_the_familys_unless_it_is_given(tiny_model, tiny_xl_model):
+    accelerator = SimpleNamespace(num_processes=1, mixed_precision="no")
+    for model, given, size in ((tiny_model, None, 512), (tiny_xl_model, None, 1024), (tiny_xl_model, 64, 64)):
+        args = build_parser().parse_args(flags(pretrained_model_name_or_path=model, resolution=given))
+        shape, _ = check_model(make_source(args))
+        plan = make_plan(args, shape, accelerator)
+        assert (plan.size, plan.latent_shape) == (size, (4, size // 4, size // 4))
+        assert args.resolution == given
 
 
 def test_without_modifier_token_and_prior(tmp_path, tiny_model, pictures):

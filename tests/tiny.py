@@ -14,7 +14,16 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    ViTConfig,
+    ViTModel,
+)
 
 WORDS = ["photo", "of", "a", "cat", "wooden", "pot", "person", "ktn", "pll", "ucd", "sitting", "in", "bucket", "the"]
 
@@ -115,6 +124,29 @@ def make_xl_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0)
         ),
     )  # fmt: skip
     pipeline.save_pretrained(folder)
+    return folder
+
+
+def make_clip(folder: Path, seed: int = 0) -> Path:
+    """A random CLIP that sees 32 pixels in patches of 8, and makes 24 features."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer(folder)
+    tokenizer.save_pretrained(folder)
+    layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "projection_dim": 24, **ids}
+    vision = {"image_size": 32, "patch_size": 8, "projection_dim": 24}
+    CLIPModel(CLIPConfig(text_config=layers | text, vision_config=layers | vision, projection_dim=24)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def make_dino(folder: Path, seed: int = 0) -> Path:
+    """A random ViT that sees 28 pixels in patches of 7, saved without a pooler as DINO's are."""
+    torch.manual_seed(seed)
+    layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ViTModel(ViTConfig(**layers, image_size=28, patch_size=7), add_pooling_layer=False).save_pretrained(folder)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -114,3 +115,12 @@ def writable_problems(path: str) -> list[str]:
     if not os.access(parent, os.W_OK):
         return [f"--output: cannot write to '{parent}'; choose another place or change its permissions"]
     return []
+
+
+def check_prompts(flag: str, prompts: list[str], tokens: list[str]) -> None:
+    """Raises InputError for a word like <new9> that the weights do not know: it would be drawn as noise."""
+    for prompt in prompts:
+        for word in re.findall(r"<[^<>\s]+>", prompt):
+            if word not in tokens:
+                known = ", ".join(tokens) or "no token"
+                raise InputError(f"{flag}: {prompt!r} has {word}, but the weights bring {known}")

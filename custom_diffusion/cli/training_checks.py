@@ -53,7 +53,7 @@ def flag_problems(args: argparse.Namespace) -> list[str]:
     problems = version_problems() + _launch_problems(args)
     problems += _number_problems(args)
     problems += _token_problems(args)
-    problems += _model_problems(args)
+    problems += _model_problems(args) + _vae_problems(args)
     problems += _library_problems(args)
     problems += _hub_problems(args)
     problems += _output_problems(args)
@@ -133,6 +133,20 @@ def _model_problems(args):
         return [f"{flag}: '{name}' is not a diffusers model, it has no {MODEL_INDEX}; give its folder or a Hub id"]
     if not path.exists() and name.startswith(("/", ".", "~")):
         return [f"{flag}: folder '{name}' does not exist; give a folder with {MODEL_INDEX} or a Hub id"]
+    return []
+
+
+def _vae_problems(args):
+    flag, name = "--pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path
+    if name is None:
+        return []
+    path = Path(name).expanduser()
+    if not name.strip() or path.is_file() or (not path.exists() and name.startswith(("/", ".", "~"))):
+        return [f"{flag}: '{name}' is no folder; give a VAE's folder, with its config.json, or a Hub id"]
+    if path.is_dir() and not (path / "config.json").is_file():
+        return [
+            f"{flag}: '{name}' has no config.json; give the VAE's own folder, for example '{name}/vae', or a Hub id"
+        ]
     return []
 
 

@@ -127,6 +127,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gradient_accumulation_steps", type=int, default=1, help="Forward passes per optimizer step.")
     add("--num_train_epochs", type=int, default=1, help="Passes over the images, unless --max_train_steps is given.")
     add("--max_train_steps", type=int, help="Optimizer steps; replaces --num_train_epochs.")
+    add(
+        "--stop_when_learned",
+        action="store_true",
+        help="End before --max_train_steps, when the photos' loss on the fixed set has stopped falling.",
+    )
     add("--learning_rate", type=float, default=1e-5, help="Peak learning rate, before --scale_lr.")
     add(
         "--scale_lr",
@@ -147,6 +152,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--checkpointing_steps", type=int, default=250, help="Steps between checkpoints.")
     add("--checkpoints_total_limit", type=int, help="Checkpoints to keep; older ones are removed.")
+    add(
+        "--keep_best",
+        action="store_true",
+        help="Write a checkpoint whenever the losses on the fixed set are the best so far, and never remove the best one.",
+    )
     add("--resume_from_checkpoint", help="Name of a checkpoint in the output folder, or 'latest'.")
     add("--no_safe_serialization", action="store_true", help="Write .bin files only, no .safetensors.")
     add("--validation_prompt", help="Draw this prompt during training.")

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 import transformers
@@ -10,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from custom_diffusion.errors import InputError, first_line
+from custom_diffusion.errors import InputError, first_line, warn
 from custom_diffusion.families import STABLE_DIFFUSION, Family, TextPart
 from custom_diffusion.files import MODEL_INDEX
 from custom_diffusion.model.source import VAE_FLAG, ModelSource, read_index, read_vae_config, unet_files
@@ -20,7 +21,7 @@ from custom_diffusion.weights.format import ConceptWeights
 # What `ModelSource.reading` says.
 NOT_A_MODEL = f"cannot be read as a Stable Diffusion model ({{reason}}); give a folder with {MODEL_INDEX} or a Hub id"
 NO_WEIGHTS = "has weights that cannot be loaded ({reason})"
-ONLY_TEXT = STABLE_DIFFUSION.texts[0]
+FIRST_TEXT = STABLE_DIFFUSION.texts[0]  # of every family, so far
 
 
 def load_tokenizers(source: ModelSource, family: Family) -> list[PreTrainedTokenizerBase]:
@@ -28,10 +29,10 @@ def load_tokenizers(source: ModelSource, family: Family) -> list[PreTrainedToken
     return [load_tokenizer(source, part) for part in family.texts]
 
 
-def load_tokenizer(source: ModelSource, part: TextPart = ONLY_TEXT) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelSource, part: TextPart = FIRST_TEXT) -> PreTrainedTokenizerBase:
     """Raises InputError if there is none. `source.tokenizer` stands for the first of several."""
     path, subfolder, flag = source.path, part.tokenizer, source.flag
-    if source.tokenizer and part.tokenizer == ONLY_TEXT.tokenizer:
+    if source.tokenizer and part.tokenizer == FIRST_TEXT.tokenizer:
         path, subfolder, flag = source.tokenizer, "", "--tokenizer_name"
     try:
         return AutoTokenizer.from_pretrained(path, subfolder=subfolder, revision=source.revision)
@@ -60,7 +61,7 @@ def load_text(source: ModelSource, device: torch.device) -> TextEncoders:
     return TextEncoders(family, tokenizers, [load_text_encoder(source, device, part) for part in family.texts])
 
 
-def load_text_encoder(source: ModelSource, device: torch.device, part: TextPart = ONLY_TEXT) -> PreTrainedModel:
+def load_text_encoder(source: ModelSource, device: torch.device, part: TextPart = FIRST_TEXT) -> PreTrainedModel:
     """In float32, for inference.
 
     Raises:
@@ -157,7 +158,10 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype, *, safety_checker: bo
     cpu = torch.device("cpu")
     parts = {part.encoder: load_text_encoder(source, cpu, part).to(dtype) for part in family.texts}
     if source.vae is not None:
-        parts["vae"] = load_vae(source, dtype, cpu)
+        if Path(source.vae).is_absolute() and not Path(source.vae).is_dir():
+            warn(f"the weights were trained with the VAE '{source.vae}', which is not there; the model's own is used")
+        else:
+            parts["vae"] = load_vae(source, dtype, cpu)
     if not safety_checker and "safety_checker" in family.pipeline_options:
         parts["safety_checker"] = None
     with source.reading(NOT_A_MODEL), warnings.catch_warnings():

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DCon
 from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig
 
-from custom_diffusion.errors import InputError, first_line, warn
+from custom_diffusion.errors import InputError, first_line
 from custom_diffusion.families import SUPPORTED, Family, family_of, what_it_is
 from custom_diffusion.files import MODEL_INDEX
 
@@ -64,7 +64,10 @@ def base_of(config: dict, model: str | None, revision: str | None, variant: str 
         InputError: neither says which it is.
     """
     settings = config.get("settings", {})
-    trained_as = {"vae": _vae_of(settings), "prediction_type": settings.get("prediction_type")}
+    trained_as = {
+        "vae": settings.get("pretrained_vae_model_name_or_path"),
+        "prediction_type": settings.get("prediction_type"),
+    }
     if model is not None:
         return ModelSource(model, revision, variant, **trained_as)
     base = config.get("base_model")
@@ -75,15 +78,6 @@ def base_of(config: dict, model: str | None, revision: str | None, variant: str 
             f"--model: the weights were trained on '{base}', which is not there; say where the model is now"
         )
     return ModelSource(base, config.get("revision"), config.get("variant"), asked=False, **trained_as)
-
-
-def _vae_of(settings):
-    """The VAE that the weights were trained with, if it was another than the model's and can be had."""
-    vae = settings.get("pretrained_vae_model_name_or_path")
-    if vae and Path(vae).is_absolute() and not Path(vae).is_dir():
-        warn(f"the weights were trained with the VAE '{vae}', which is not there; the model's own is used")
-        return None
-    return vae
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def compress(
     from custom_diffusion.model.loading import base_tensors, empty_unet_for
     from custom_diffusion.model.source import base_of
     from custom_diffusion.weights.format import as_weights, write_weights
-    from custom_diffusion.weights.low_rank import changes, decompose, rank_summary
+    from custom_diffusion.weights.low_rank import changes, decompose
 
     check_output_folder(output)
     if energy is None and rank is None:
@@ -95,18 +95,29 @@ def compress(
         write_weights(folder, small, unet, ("safetensors",))
         after = sum(path.stat().st_size for path in folder.iterdir())
     before = 4 * sum(shape.numel() for shape in weights.shapes().values())
-    ranks = [delta.up.shape[1] for delta in small.deltas.values()]
-    kept = [decompositions[name].kept(rank) for name, rank in zip(small.deltas, ranks)]
-    return (
-        f"{output}: {after / 1e6:.2f} MB instead of {before / 1e6:.2f} MB; {rank_summary(ranks)}; "
-        f"{100 * min(kept):.1f} % or more of every change, {100 * sum(kept) / len(kept):.1f} % on average"
-    )
+    return f"{output}: {after / 1e6:.2f} MB instead of {before / 1e6:.2f} MB; {what_is_left(small, decompositions)}"
+
+
+def what_is_left(small: ConceptWeights, decompositions: dict[str, Decomposition]) -> str:
+    """The ranks, and what they keep of the matrices' changes. A matrix that stayed whole keeps all."""
+    from custom_diffusion.weights.low_rank import rank_summary
+
+    ranks = {name: delta.up.shape[1] for name, delta in small.deltas.items()}
+    kept = [parts.kept(ranks[name]) if name in ranks else 1.0 for name, parts in decompositions.items()]
+    lines = [rank_summary(list(ranks.values()))] if ranks else []
+    if whole := len(decompositions) - len(ranks):
+        lines.append(f"{whole} of {len(decompositions)} matrices whole, as their factors would be no smaller")
+    lines.append(f"{100 * min(kept):.1f} % or more of every change, {100 * sum(kept) / len(kept):.1f} % on average")
+    return "; ".join(lines)
 
 
 def low_rank_weights(
     weights: ConceptWeights, decompositions: dict[str, Decomposition], *, energy: float | None, rank: int | None
 ) -> ConceptWeights:
-    """The weights as low-rank changes of the base model's, in `stored_dtype`. Biases and tokens stay whole.
+    """The weights as low-rank changes of the base model's, in `stored_dtype`.
+
+    Biases and tokens stay as they are, and so does a matrix, or a change that was compressed before, which the factors would not
+    make smaller.
 
     Args:
         energy: share of the sum of singular values to keep in each matrix; None: `rank` of them.
@@ -114,11 +125,16 @@ def low_rank_weights(
     from custom_diffusion.weights.format import ConceptWeights, LowRankDelta
     from custom_diffusion.weights.low_rank import stored_dtype
 
-    deltas = {}
+    dtype = stored_dtype(energy)
+    tensors, deltas = dict(weights.tensors), {}
     for name, parts in decompositions.items():
-        delta = parts.truncated(rank if energy is None else parts.rank_for(energy, power=1))
-        dtype = stored_dtype(energy)
-        deltas[name] = LowRankDelta(delta.up.to(dtype), delta.down.to(dtype))
-    biases = {name: tensor for name, tensor in weights.tensors.items() if tensor.dim() == 1}
+        factors = parts.truncated(rank if energy is None else parts.rank_for(energy, power=1))
+        small = LowRankDelta(factors.up.to(dtype), factors.down.to(dtype))
+        if name in weights.deltas:
+            before = weights.deltas[name]
+            deltas[name] = small if small.num_bytes < before.num_bytes else before
+        elif small.num_bytes < tensors[name].nbytes:
+            deltas[name] = small
+            del tensors[name]
     config = weights.config | {"compressed": {"energy": energy} if rank is None else {"rank": rank}}
-    return ConceptWeights(biases, weights.tokens, config, deltas)
+    return ConceptWeights(tensors, weights.tokens, config, deltas)

@@ -7,12 +7,17 @@ custom-diffusion generate --weights user/cat --prompt "<new1> cat" --num_images 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from custom_diffusion.cli.tool_flags import add_model_flags, model_problems, weights_problems, writable_problems
+from custom_diffusion.cli.tool_flags import (
+    add_model_flags,
+    check_prompts,
+    model_problems,
+    weights_problems,
+    writable_problems,
+)
 from custom_diffusion.errors import InputError
 from custom_diffusion.files import whole_file
 from custom_diffusion.images import IMAGE_SUFFIXES
@@ -159,15 +164,6 @@ def generate(
             image.save(temporary, format=OUTPUT_FORMATS[path.suffix.lower()])
         print(path, flush=True)
     return paths
-
-
-def check_prompts(flag: str, prompts: list[str], tokens: list[str]) -> None:
-    """Raises InputError for a word like <new9> that the weights do not know: it would be drawn as noise."""
-    for prompt in prompts:
-        for word in re.findall(r"<[^<>\s]+>", prompt):
-            if word not in tokens:
-                known = ", ".join(tokens) or "no token"
-                raise InputError(f"{flag}: {prompt!r} has {word}, but the weights bring {known}")
 
 
 def image_paths(output: Path, num_prompts: int, num_images: int) -> list[Path]:

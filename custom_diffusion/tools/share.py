@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from custom_diffusion.cli.tool_flags import weights_problems
 from custom_diffusion.errors import InputError, first_line, warn
-from custom_diffusion.files import CARD_NAME, CONFIG_NAME, SAMPLES_DIR, WEIGHTS_FILES, whole_file
+from custom_diffusion.files import CARD_NAME, CONFIG_NAME, CURVE_IMAGE, SAMPLES_DIR, WEIGHTS_FILES, whole_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -65,7 +65,8 @@ def share(weights: str | Path, *, hub_model_id: str | None = None, hub_token: st
     if (folder / CARD_NAME).is_file():
         rename_in_card(folder / CARD_NAME, repo_id)
     else:
-        write_card(folder, model_card(repo_id, config, sample_images(folder, config)), config)
+        card = model_card(repo_id, config, sample_images(folder, config), has_curve=(folder / CURVE_IMAGE).is_file())
+        write_card(folder, card, config)
     return upload(folder, repo_id, config, hub_token)
 
 
@@ -159,7 +160,8 @@ def upload_run(args: argparse.Namespace, output_dir: Path, repo_id: str, config:
     from custom_diffusion.training.model_card import model_card, training_command
 
     samples = [(path.relative_to(output_dir).as_posix(), args.validation_prompt) for path in images]
-    write_card(output_dir, model_card(repo_id, config, samples, training_command(sys.argv)), config)
+    card = model_card(repo_id, config, samples, training_command(sys.argv), has_curve=True)
+    write_card(output_dir, card, config)
     return upload(output_dir, repo_id, config, args.hub_token)
 
 
@@ -170,6 +172,7 @@ def upload(folder: Path, repo_id: str, config: dict, token: str | None) -> bool:
     names = [
         *WEIGHTS_FILES,
         CARD_NAME,
+        CURVE_IMAGE,
         *(f"{token}.{suffix}" for token in config.get("modifier_tokens", []) for suffix in ("safetensors", "bin")),
         *sorted(path.relative_to(folder).as_posix() for path in (folder / SAMPLES_DIR).glob("*.png")),
     ]

@@ -119,8 +119,8 @@ def render_class_image(image: Image.Image, crop: ClassCrop, size: int) -> torch.
     return to_pixels(ImageOps.mirror(image) if crop.flip else image)
 
 
-# Original height and width, top and left of the crop, height and width shown: what SDXL is told of every image. Crops are in
-# pixels of the image as it was resized, and of the mirrored image where it is mirrored. Source: arXiv 2307.01952, section 2.2.
+# Original height and width, top and left of the crop, height and width shown: what some models are told of every image. Crops
+# are in pixels of the image as it was resized, and of its mirror where it is mirrored. Source: arXiv 2307.01952, section 2.2.
 def photo_time_ids(
     augmentation: Augmentation, photo: Image.Image, original: tuple[int, int], size: int
 ) -> torch.Tensor:

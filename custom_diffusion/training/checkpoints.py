@@ -66,8 +66,8 @@ def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, unet, formats: tup
     return path
 
 
-def remove_old_checkpoints(newest: Path, limit: int | None) -> None:
-    """Of `newest` and the checkpoints of earlier steps keep the `limit` last, or all with None.
+def remove_old_checkpoints(newest: Path, limit: int | None, best: int | None = None) -> None:
+    """Of `newest` and the checkpoints of earlier steps keep the `limit` last, or all with None, and that of step `best`.
 
     Folders that `save_checkpoint` did not write, and checkpoints of later steps, which another run left, are not touched.
     """
@@ -75,7 +75,8 @@ def remove_old_checkpoints(newest: Path, limit: int | None) -> None:
         return
     own = [path for path in list_checkpoints(newest.parent) if (path / MANIFEST_NAME).is_file()]
     for path in [path for path in own if checkpoint_step(path) <= checkpoint_step(newest)][:-limit]:
-        remove_folder(path)
+        if checkpoint_step(path) != best:
+            remove_folder(path)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -25,9 +25,18 @@ GO_ON = "the images in place stay. To go on, repeat the command"
 
 def class_images(concept: Concept, num_class_images: int, real_prior: bool) -> list[tuple[Path, str]]:
     """The first `num_class_images` (image path, caption) of a concept."""
+    return _all_class_images(concept, real_prior)[:num_class_images]
+
+
+def held_out_class_images(concept: Concept, num_class_images: int, real_prior: bool) -> list[tuple[Path, str]]:
+    """The (image path, caption) of a concept that training does not show: those beyond the first `num_class_images`."""
+    return _all_class_images(concept, real_prior)[num_class_images:]
+
+
+def _all_class_images(concept, real_prior):
     if real_prior:
-        return read_class_folder(concept.class_data_dir)[:num_class_images]
-    return [(path, concept.class_prompt) for path in find_images(concept.class_data_dir)[:num_class_images]]
+        return read_class_folder(concept.class_data_dir)
+    return [(path, concept.class_prompt) for path in find_images(concept.class_data_dir)]
 
 
 @lost_process_told(GO_ON)

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from custom_diffusion.cli.tool_flags import cannot_be_hub_id
-from custom_diffusion.files import WEIGHTS_NAME
+from custom_diffusion.files import CURVE_IMAGE, WEIGHTS_NAME
 
 # Flags whose values are places on the user's computer.
 PATH_FLAGS = ("instance_data_dir", "class_data_dir", "concepts_list", "output_dir", "logging_dir", "tokenizer_name",
@@ -20,13 +20,16 @@ def is_local(model: str | None) -> bool:
     return not model or Path(model).exists() or cannot_be_hub_id(model)
 
 
-def model_card(repo_id: str, config: dict, samples: list[tuple[str, str]], command: str | None = None) -> ModelCard:
+def model_card(
+    repo_id: str, config: dict, samples: list[tuple[str, str]], command: str | None = None, *, has_curve: bool = False
+) -> ModelCard:
     """The page that the Hub shows.
 
     Args:
         config: `settings.weights_config`, or what another folder's settings file holds of it.
         samples: image path inside the repository, and the prompt it was drawn from.
         command: how it was trained, if known.
+        has_curve: the repository has the image of its losses.
     """
     base_model = None if is_local(config.get("base_model")) else config["base_model"]
     prompts = [concept["instance_prompt"] for concept in config.get("concepts", [])]
@@ -52,7 +55,7 @@ def model_card(repo_id: str, config: dict, samples: list[tuple[str, str]], comma
         _concept_table(prompts, tokens),
         images and f"## Samples\n\n{images}",
         "## Drawing with it\n\n" + _loading_code(repo_id, config | {"base_model": base_model or "BASE_MODEL"}, samples),
-        "## Training\n\n" + _training(config, command),
+        "## Training\n\n" + _training(config, command, has_curve),
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part.strip() for part in parts if part) + "\n")
 
@@ -106,12 +109,17 @@ def _python(lines):
     return "\n".join(["```python", *lines, "```"])
 
 
-def _training(config, command):
+def _training(config, command, has_curve):
     parts = []
     if command:
         parts.append(f"```bash\n{command}\n```")
     if config.get("steps"):
         parts.append(f"{config['steps']} optimizer steps.")
+    if has_curve:
+        parts.append(
+            f"![Losses against steps]({CURVE_IMAGE})\n\nMean squared errors on a fixed set of noisy images: the photos "
+            "(`concept_loss`), and class images that training does not show (`prior_loss_held_out`), if there are any."
+        )
     if versions := config.get("versions"):
         parts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
     return "\n\n".join(parts) or "Not recorded."

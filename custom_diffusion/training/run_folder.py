@@ -42,8 +42,10 @@ class RunFolder:
     total_limit: int | None
     stateful: dict
 
-    def save_checkpoint(self, step: int, position: int) -> None:
+    def save_checkpoint(self, step: int, position: int, best: int | None = None) -> None:
         """Write `checkpoint-<step>` of a run that has seen `position` samples, and remove the oldest over the limit.
+
+        That of step `best` is not removed.
 
         Raises:
             RunStopped: the model's predictions are not finite.
@@ -52,7 +54,7 @@ class RunFolder:
         state = {name: part.state_dict() for name, part in self.stateful.items()}
         checkpoint = Checkpoint(step, position, weights, state, self.settings)
         path = save_checkpoint(self.path, checkpoint, self.model.unet, self.formats[:1])
-        remove_old_checkpoints(path, self.total_limit)
+        remove_old_checkpoints(path, self.total_limit, best)
         logger.info(f"Saved {path}")
 
     def save_weights(self, step: int) -> None:

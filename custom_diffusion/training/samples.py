@@ -29,7 +29,7 @@ from custom_diffusion.training.augmentation import (
 )
 
 # What a random stream is for. Part of its seed, so that no two streams share numbers.
-ORDER, CHOICE, DIFFUSION, PHOTO, CLASS_IMAGE, PHOTO_POOL, CLASS_POOL, PRIOR = range(8)
+ORDER, CHOICE, DIFFUSION, PHOTO, CLASS_IMAGE, PHOTO_POOL, CLASS_POOL, PRIOR, CURVE = range(9)
 
 
 def random_stream(seed: int, purpose: int, *counters: int) -> np.random.Generator:

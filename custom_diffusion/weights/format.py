@@ -32,6 +32,10 @@ class LowRankDelta:
     def shape(self) -> torch.Size:
         return torch.Size([self.up.shape[0], self.down.shape[1]])
 
+    @property
+    def num_bytes(self) -> int:
+        return self.up.nbytes + self.down.nbytes
+
     def matrix(self) -> torch.Tensor:
         """(out, in) float32."""
         return self.up.float() @ self.down.float()

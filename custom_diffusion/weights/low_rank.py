@@ -9,8 +9,8 @@ from custom_diffusion.errors import warn
 from custom_diffusion.progress import ProgressBar
 from custom_diffusion.weights.format import ConceptWeights, LowRankDelta
 
-# Weights trained from their base point its way; with any other model's they have next to nothing in common.
-MIN_COSINE = 0.5
+# Of the base model's weights, trained ones hold all, whatever was added to them; of any other model's, next to nothing.
+MIN_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,10 @@ def changes(weights: ConceptWeights, base: dict[str, torch.Tensor]) -> dict[str,
     deltas |= {name: delta.matrix() for name, delta in weights.deltas.items()}
     trained = torch.cat([(base[name] + delta).flatten() for name, delta in deltas.items()])
     before = torch.cat([base[name].flatten() for name in deltas])
-    cosine = torch.nn.functional.cosine_similarity(trained, before, dim=0).item()
-    if cosine < MIN_COSINE:
-        warn(f"the weights have little in common with the base model's (cosine {cosine:.2f}); is it the right --model?")
+    # Not the angle between them: a merge may add far more than was there, if in a few directions.
+    share = (trained @ before / (before @ before)).item()
+    if share < MIN_SHARE:
+        warn(f"the weights hold {100 * share:.0f} % of the base model's; is it the right --model?")
     return deltas
 
 

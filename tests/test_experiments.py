@@ -1,0 +1,84 @@
+"""The trainings that the experiments share: made once, told apart, and summed up as the tables have them."""
+
+import json
+import math
+import sys
+
+import pytest
+from launch import ROOT
+
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import runs
+
+from custom_diffusion.weights.format import read_weights
+
+
+@pytest.fixture(scope="module")
+def work_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("experiments")
+
+
+@pytest.fixture(scope="module")
+def weights(work_dir, tiny_model):
+    return runs.trained(work_dir, "square", seed=3, steps=2, model=tiny_model)
+
+
+def test_a_run_is_trained_into_its_place(work_dir, weights):
+    assert weights == work_dir / "square" / "seed-3" / "weights"
+    assert list(read_weights(weights).tokens) == ["<new1>"]
+    assert len(list((work_dir / "square" / "photos").iterdir())) == 5
+    assert not list(weights.glob("checkpoint-*"))
+
+
+def test_both_concepts_are_trained_in_one_run(work_dir, tiny_model):
+    weights = runs.trained(work_dir, runs.JOINT, seed=3, steps=2, model=tiny_model)
+    assert weights == work_dir / "joint" / "seed-3" / "weights"
+    assert list(read_weights(weights).tokens) == ["<new1>", "<new2>"]
+
+
+def test_a_run_is_trained_once(work_dir, weights, tiny_model, monkeypatch):
+    monkeypatch.setattr(runs, "run", None)  # would fail if called
+    assert runs.trained(work_dir, "square", seed=3, steps=2, threads=2, model=tiny_model) == weights
+
+
+def test_a_run_that_broke_off_is_made_again(work_dir, weights, tiny_model, monkeypatch):
+    note = weights.parent / "run.json"
+    kept = note.read_text()
+    note.unlink()
+    commands = []
+    monkeypatch.setattr(runs, "run", lambda *command, **_: commands.append(command))
+    runs.trained(work_dir, "square", seed=3, steps=2, model=tiny_model)
+    assert len(commands) == 1
+    assert json.loads(note.read_text()) == json.loads(kept)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"steps": 3}, {"flags": ["--noaug"]}, {"script": runs.ROOT / "retrieve.py"}],
+    ids=lambda other: next(iter(other)),
+)
+def test_another_run_does_not_pass_for_it(work_dir, weights, tiny_model, other):
+    with pytest.raises(SystemExit, match=f"another {next(iter(other))}"):
+        runs.trained(work_dir, "square", seed=3, **{"steps": 2, "model": tiny_model, **other})
+
+
+def test_another_model_does_not_pass_for_it(work_dir, weights, tiny_v_model):
+    with pytest.raises(SystemExit, match="another model"):
+        runs.trained(work_dir, "square", seed=3, steps=2, model=tiny_v_model)
+
+
+def test_what_was_measured_is_kept(tmp_path):
+    file = tmp_path / "deep" / "scores.json"
+    assert runs.once(file, lambda: {"concept": 1.5}) == {"concept": 1.5}
+    assert runs.once(file, lambda: {"concept": 2.5}) == {"concept": 1.5}
+
+
+def test_means_have_their_standard_errors():
+    assert runs.mean_and_error([1, 2, 3, 6]) == pytest.approx((3, math.sqrt(14 / 3 / 4)))
+    assert runs.cell([1, 2, 3, 6]) == "3.0 ± 1.1"
+    assert runs.cell([1, 2, 3, 6], "+") == "+3.0 ± 1.1"
+    assert runs.cell([4]) == "4.0"
+    rows = [{"concept": 1.0, "prior": 5.0}, {"concept": 3.0, "prior": 5.0}]
+    assert runs.summary(rows)["concept"] == {"mean": 2.0, "standard error": 1.0, "values": [1.0, 3.0]}
+    assert runs.table([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
