@@ -14,7 +14,7 @@ import numpy as np
 import runs  # finds the demo
 import torch
 from baselines import read as read_baselines
-from concept import LOOKS, Base, pair_scores, places, scores
+from concept import FATES, LOOKS, Base, pair_scores, places, scores
 from judge import generate, likeness, see
 
 import demo
@@ -25,7 +25,7 @@ from custom_diffusion.model.text_features import add_tokens, text_features
 from custom_diffusion.weights.format import ConceptWeights, read_weights, write_weights
 from custom_diffusion.weights.low_rank import full_tensors
 
-WORDS = {"circle": "<new1>", "square": "<new2>"}  # as merged
+IMAGES_PER_PLACE = 2
 OTHER_SENTENCES = ("a photo of {}", "{}", "a {}")  # than those of training
 
 
@@ -36,32 +36,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def trained_together(args: argparse.Namespace, seed: int) -> Path:
-    """The folder of weights of one run with both concepts, trained now if it is not there."""
-    folder = (args.work_dir / "together" / f"seed-{seed}").resolve()
-    if (folder / "run.json").is_file():
-        return folder / "weights"
-    folder.mkdir(parents=True, exist_ok=True)
-    concepts = [
-        {
-            "instance_prompt": f"photo of a {WORDS[name]} {name}",
-            "class_prompt": name,
-            "instance_data_dir": str(runs.photos(args.work_dir, name).resolve()),
-            "class_data_dir": str(runs.class_images(args.work_dir, name).resolve()),
-        }
-        for name in LOOKS
-    ]
-    runs.write_json(folder / "concepts.json", concepts)
-    command = demo.training_flags(
-        folder / "weights", "both", Path("both"), Path("both"), args.steps, seed=seed, model=args.model
-    )
-    for flag in ("--instance_data_dir", "--instance_prompt", "--class_data_dir", "--class_prompt", "--modifier_token"):
-        del command[command.index(flag) : command.index(flag) + 2]
-    command += ["--concepts_list", str(folder / "concepts.json"), "--modifier_token", "+".join(WORDS.values())]
-    command += ["--checkpointing_steps", str(args.steps + 1), *runs.FLAGS]
-    runs.run("train_custom_diffusion.py", *command, threads=args.threads, log=folder / "training.log")
-    runs.write_json(folder / "run.json", {"seed": seed, "steps": args.steps})
-    return folder / "weights"
+def trained(args: argparse.Namespace, concept: str, seed: int) -> Path:
+    """`runs.trained` as the flags say."""
+    return runs.trained(args.work_dir, concept, seed, args.steps, threads=args.threads, model=args.model)
 
 
 def write_other(
@@ -94,7 +71,7 @@ def authors_solution(
     ordinary = rows(captions[:200])
     constraints, owner = [], []
     for number, name in enumerate(LOOKS):
-        for row in rows([f"{WORDS[name]} {name}", f"a photo of {WORDS[name]} {name}"]):
+        for row in rows([f"{runs.WORDS[name]} {name}", f"a photo of {runs.WORDS[name]} {name}"]):
             if all((row - other).abs().mean() > 0 for other in constraints):
                 constraints.append(row)
                 owner.append(number)
@@ -134,52 +111,57 @@ def other_sentences_score(pipe, word: str, name: str, seed: int) -> float:
     return 100 * float(np.mean([likeness(see(image), LOOKS[name]) for image in generate(pipe, prompts, seed)]))
 
 
-def measure(pipe, words: dict[str, str], seed: int, bases: dict[str, Base]) -> dict[str, float]:
-    """Of what the pipeline has loaded, by its words for the concepts: each one's scores, and the means of what concerns both."""
-    of_concepts = {name: scores(pipe, word, seed, bases[name]) for name, word in words.items()}
-    row = {name: one["concept"] for name, one in of_concepts.items()}
-    row |= {f"{name}, other sentences": other_sentences_score(pipe, word, name, seed) for name, word in words.items()}
+def of_both(pipe, folder: Path, seed: int, bases: dict[str, Base]) -> dict[str, float]:
+    """Both concepts' scores, the means of what concerns both, and the scores of images of both."""
+    load_custom_diffusion(pipe, folder)
+    ones = {name: scores(pipe, word, seed, bases[name], IMAGES_PER_PLACE) for name, word in runs.WORDS.items()}
+    others = {name: other_sentences_score(pipe, word, name, seed) for name, word in runs.WORDS.items()}
+    pairs = in_pairs(pipe, {name: f"{word} {name}" for name, word in runs.WORDS.items()}, seed)
+    unload_custom_diffusion(pipe)
+    return together(ones, others) | pairs
+
+
+def of_apart(
+    args: argparse.Namespace, pipe, folders: dict[str, Path], seed: int, bases: dict[str, Base]
+) -> dict[str, float]:
+    """The same of each concept alone; there are no images of both."""
+    ones = {name: runs.scored(folder, seed, bases[name], args.model) for name, folder in folders.items()}
+    others = {}
+    for name, folder in folders.items():
+        load_custom_diffusion(pipe, folder)
+        others[name] = other_sentences_score(pipe, "<new1>", name, seed)
+        unload_custom_diffusion(pipe)
+    return together(ones, others)
+
+
+def together(ones: dict[str, dict[str, float]], others: dict[str, float]) -> dict[str, float]:
+    row = {name: one["concept"] for name, one in ones.items()}
+    row |= {f"{name}, other sentences": score for name, score in others.items()}
     return row | {
-        key: float(np.mean([one[key] for one in of_concepts.values()])) for key in ("prior", "prior_class", "leakage")
+        key: float(np.mean([one[key] for one in ones.values()])) for key in ("prior", "prior_class", "leakage")
     }
+
+
+def in_pairs(pipe, phrases: dict[str, str], seed: int) -> dict[str, float]:
+    """Scores of images of both: of the worse of the two, and the shares of things kept, swapped and lost."""
+    values = pair_scores(pipe, phrases, seed)
+    return {f"pairs: {key}": values[key] for key in ("pair", *FATES)}
 
 
 def measure_seed(args: argparse.Namespace, pipe, seed: int, bases: dict[str, Base]) -> dict[str, dict]:
     """Scores by what the weights are, kept as they come."""
     kept = args.work_dir / "merged" / f"seed-{seed}-scores"
-    apart = {
-        name: runs.trained(args.work_dir, name, seed, args.steps, threads=args.threads, model=args.model)
-        for name in LOOKS
-    }
+    apart = {name: trained(args, name, seed) for name in LOOKS}
+    described = {name: base.prompt for name, base in bases.items()}
     rows = {
-        "base model": runs.once(
-            kept / "base.json", lambda: of_weights(pipe, None, dict.fromkeys(WORDS, "ktn"), seed, bases)
-        )
+        "best description": {name: base.score for name, base in bases.items()}
+        | runs.once(kept / "base.json", lambda: in_pairs(pipe, described, seed)),
+        "apart": runs.once(kept / "apart.json", lambda: of_apart(args, pipe, apart, seed, bases)),
     }
-    ones = [
-        runs.once(kept / f"{name}.json", lambda name=name: of_weights(pipe, apart[name], {name: "<new1>"}, seed, bases))
-        for name in LOOKS
-    ]
-    rows["apart"] = {key: float(np.mean([one[key] for one in ones if key in one])) for key in ones[0] | ones[1]}
-    folders = {"in one run": trained_together(args, seed)} | merged_folders(args, apart, seed)
+    folders = {"in one run": trained(args, runs.JOINT, seed)} | merged_folders(args, apart, seed)
     for label, folder in folders.items():
-        rows[label] = runs.once(
-            kept / f"{label}.json", lambda folder=folder: of_weights(pipe, folder, WORDS, seed, bases)
-        )
+        rows[label] = runs.once(kept / f"{label}.json", lambda folder=folder: of_both(pipe, folder, seed, bases))
     return rows
-
-
-def of_weights(pipe, folder: Path | None, words: dict[str, str], seed: int, bases: dict[str, Base]) -> dict[str, float]:
-    """`measure` and, of two concepts, `pair_scores`, with the weights of a folder or none."""
-    if folder is not None:
-        load_custom_diffusion(pipe, folder)
-    row = measure(pipe, words, seed, bases)
-    if len(words) == 2:
-        pairs = pair_scores(pipe, words, seed)
-        row |= {f"pairs: {key}": pairs[key] for key in ("pair", "kept", "swapped", "lost")}
-    if folder is not None:
-        unload_custom_diffusion(pipe)
-    return row
 
 
 def main() -> None:
