@@ -8,13 +8,14 @@ Prints the table of means with their standard errors, and writes docs/merging.js
 
 import argparse
 import json
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
 import runs  # finds the demo
 import torch
 from baselines import read as read_baselines
-from concept import FATES, LOOKS, Base, pair_scores, places, scores
+from concept import FATES, LOOKS, Base, class_specs, pair_scores, places, rescaled_prior, share_right
 from judge import generate, likeness, see
 
 import demo
@@ -25,7 +26,6 @@ from custom_diffusion.model.text_features import add_tokens, text_features
 from custom_diffusion.weights.format import ConceptWeights, read_weights, write_weights
 from custom_diffusion.weights.low_rank import full_tensors
 
-IMAGES_PER_PLACE = 2
 OTHER_SENTENCES = ("a photo of {}", "{}", "a {}")  # than those of training
 
 
@@ -105,62 +105,70 @@ def merged_folders(args: argparse.Namespace, folders: dict[str, Path], seed: int
     return {label: output / label for label in labels}
 
 
-def other_sentences_score(pipe, word: str, name: str, seed: int) -> float:
-    """0 to 100: the mean likeness to the concept in sentences that training never showed, on every background."""
-    prompts = [f"{sentence.format(f'{word} {name}')} {place}" for sentence in OTHER_SENTENCES for place in places(1)]
-    return 100 * float(np.mean([likeness(see(image), LOOKS[name]) for image in generate(pipe, prompts, seed)]))
+def measure(pipe, words: dict[str, str], seed: int, bases: dict[str, Base]) -> dict[str, float]:
+    """Scores of what the pipeline has loaded, by its words for the concepts.
 
-
-def of_both(pipe, folder: Path, seed: int, bases: dict[str, Base]) -> dict[str, float]:
-    """Both concepts' scores, the means of what concerns both, and the scores of images of both."""
-    load_custom_diffusion(pipe, folder)
-    ones = {name: scores(pipe, word, seed, bases[name], IMAGES_PER_PLACE) for name, word in runs.WORDS.items()}
-    others = {name: other_sentences_score(pipe, word, name, seed) for name, word in runs.WORDS.items()}
-    pairs = in_pairs(pipe, {name: f"{word} {name}" for name, word in runs.WORDS.items()}, seed)
-    unload_custom_diffusion(pipe)
-    return together(ones, others) | pairs
-
-
-def of_apart(
-    args: argparse.Namespace, pipe, folders: dict[str, Path], seed: int, bases: dict[str, Base]
-) -> dict[str, float]:
-    """The same of each concept alone; there are no images of both."""
-    ones = {name: runs.scored(folder, seed, bases[name], args.model) for name, folder in folders.items()}
-    others = {}
-    for name, folder in folders.items():
-        load_custom_diffusion(pipe, folder)
-        others[name] = other_sentences_score(pipe, "<new1>", name, seed)
-        unload_custom_diffusion(pipe)
-    return together(ones, others)
-
-
-def together(ones: dict[str, dict[str, float]], others: dict[str, float]) -> dict[str, float]:
-    row = {name: one["concept"] for name, one in ones.items()}
-    row |= {f"{name}, other sentences": score for name, score in others.items()}
-    return row | {
-        key: float(np.mean([one[key] for one in ones.values()])) for key in ("prior", "prior_class", "leakage")
+    Returns:
+        of each concept by its name, then in sentences that training never showed, then the means over the concepts of its
+        class's prior score (from half of the captions, by turns with the seed) and of leakage; 0 to 100.
+    """
+    row, rest = {}, []
+    for name, word in words.items():
+        specs = class_specs(name)[seed % 2 :: 2]
+        prompts = {
+            name: [f"photo of a {word} {name} {place}" for place in places(2)],
+            f"{name}, other sentences": [
+                f"{sentence} {place}".format(f"{word} {name}")
+                for sentence, place in zip(cycle(OTHER_SENTENCES), places(2))
+            ],
+            "leakage": [f"photo of a {name} {place}" for place in places(1)],
+            "prior_class": [spec.caption() for spec in specs],
+        }
+        images = iter(generate(pipe, [prompt for some in prompts.values() for prompt in some], seed))
+        seen = {key: [see(image) for image in islice(images, len(some))] for key, some in prompts.items()}
+        scores = {key: 100 * float(np.mean([likeness(one, LOOKS[name]) for one in some])) for key, some in seen.items()}
+        scores["prior_class"] = rescaled_prior(share_right(seen["prior_class"], specs), bases[name])
+        rest.append({key: scores.pop(key) for key in ("prior_class", "leakage")})
+        row |= scores
+    return dict(sorted(row.items(), key=lambda one: "other" in one[0])) | {
+        key: float(np.mean([one[key] for one in rest])) for key in rest[0]
     }
 
 
 def in_pairs(pipe, phrases: dict[str, str], seed: int) -> dict[str, float]:
     """Scores of images of both: of the worse of the two, and the shares of things kept, swapped and lost."""
-    values = pair_scores(pipe, phrases, seed)
+    values = pair_scores(pipe, phrases, seed, images_per_place=2)
     return {f"pairs: {key}": values[key] for key in ("pair", *FATES)}
+
+
+def of_folder(pipe, folder: Path, words: dict[str, str], seed: int, bases: dict[str, Base]) -> dict[str, float]:
+    """`measure`, and with words for both concepts `in_pairs`, with a folder's weights."""
+    load_custom_diffusion(pipe, folder)
+    row = measure(pipe, words, seed, bases)
+    if len(words) == len(LOOKS):
+        row |= in_pairs(pipe, {name: f"{word} {name}" for name, word in words.items()}, seed)
+    unload_custom_diffusion(pipe)
+    return row
 
 
 def measure_seed(args: argparse.Namespace, pipe, seed: int, bases: dict[str, Base]) -> dict[str, dict]:
     """Scores by what the weights are, kept as they come."""
     kept = args.work_dir / "merged" / f"seed-{seed}-scores"
+
+    def once(label, folder, words):
+        return runs.once(kept / f"{label}.json", lambda: of_folder(pipe, folder, words, seed, bases))
+
     apart = {name: trained(args, name, seed) for name in LOOKS}
     described = {name: base.prompt for name, base in bases.items()}
+    ones = [once(name, folder, {name: "<new1>"}) for name, folder in apart.items()]
     rows = {
         "best description": {name: base.score for name, base in bases.items()}
-        | runs.once(kept / "base.json", lambda: in_pairs(pipe, described, seed)),
-        "apart": runs.once(kept / "apart.json", lambda: of_apart(args, pipe, apart, seed, bases)),
+        | runs.once(kept / "described.json", lambda: in_pairs(pipe, described, seed)),
+        "apart": {key: float(np.mean([one[key] for one in ones if key in one])) for key in ones[0] | ones[1]},
+        "in one run": once("joint", trained(args, runs.JOINT, seed), runs.WORDS),
     }
-    folders = {"in one run": trained(args, runs.JOINT, seed)} | merged_folders(args, apart, seed)
-    for label, folder in folders.items():
-        rows[label] = runs.once(kept / f"{label}.json", lambda folder=folder: of_both(pipe, folder, seed, bases))
+    for label, folder in merged_folders(args, apart, seed).items():
+        rows[label] = once(label, folder, runs.WORDS)
     return rows
 
 
