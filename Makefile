@@ -12,8 +12,8 @@ PYTEST := -m pytest -n 2 --dist loadfile
 
 .PHONY: demo test test-oldest matrix resolve style bench gpu gpu-wheels mutants clean
 
-demo: $(SETUP)  ## train a new concept on the small built-in model, draw it: demo/output/before_after.png
-	$(BIN)/python demo/demo.py
+demo: $(SETUP)  ## train a new concept on the small built-in model, draw it: demo/output/before_after.png; DEMO=sdxl on the small SDXL
+	$(BIN)/python demo/demo.py $(if $(DEMO),--model demo/model_$(DEMO) --output demo/output/$(DEMO))
 
 test: $(SETUP)  ## the test suite on the newest versions (constraints.txt), in two processes
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(PYTEST_ARGS)

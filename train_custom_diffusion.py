@@ -55,6 +55,7 @@ from custom_diffusion.training.augmentation import PROMPT_PREFIXES
 from custom_diffusion.training.checkpoints import find_resume, last_good, restore
 from custom_diffusion.training.class_images import class_images, generate_class_images, held_out_class_images
 from custom_diffusion.training.curve import (
+    WINDOW,
     Curve,
     FixedSet,
     affordable_samples,
@@ -316,6 +317,12 @@ def check_flags_fit(args, concepts, plan, shape, tokenizers, device):
         problems.append(f"--resolution: {plan.size} is not a multiple of {shape.vae_factor}; try {nearest}")
     if args.cuda_graphs:
         problems += device_problems(device)
+    earliest = 2 * WINDOW * args.validation_steps
+    if args.stop_when_learned and args.max_train_steps and earliest >= args.max_train_steps:
+        problems.append(
+            f"--stop_when_learned: nothing can be said before step {earliest} of {args.max_train_steps}; "
+            f"lower --validation_steps to {max((args.max_train_steps - 1) // (2 * WINDOW), 1)}"
+        )
     if problems:
         raise InputError(*problems)
 

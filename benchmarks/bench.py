@@ -2,8 +2,9 @@
 
     python benchmarks/bench.py --peer path/to/train_custom_diffusion.py --resolution 256
     python benchmarks/bench.py --peer path/to/train_custom_diffusion.py --resolution 512 --batch_size 2 --mixed_precision bf16
+    python benchmarks/bench.py --peer path/to/train_dreambooth_lora_sdxl.py --size sdxl --mixed_precision bf16 --steps 4
 
-The peer is the reference script of diffusers, or its `train_dreambooth_lora.py`. Step times are the intervals between the
+The peer is the reference script of diffusers, its `train_dreambooth_lora.py`, or `train_dreambooth_lora_sdxl.py`. Step times are the intervals between the
 losses that each script writes to TensorBoard, warm-up left out; "first step" is the time from launch to the first loss, "wall" that
 to the exit; CPU time is that of the whole run, over all cores; memory is the operating system's (and nvidia-smi's) peak.
 """
@@ -24,10 +25,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from make_model import ROOT, make_data, make_sd14_size_model
+from make_model import ROOT, make_data, make_sd14_size_model, make_sdxl_size_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 WARM_UP = 2  # steps not counted
+SIZES = {"sd14": make_sd14_size_model, "sdxl": make_sdxl_size_model}
 OURS = ROOT / "train_custom_diffusion.py"
 WITHOUT_TORCHVISION = ROOT / "benchmarks/without_torchvision.py"
 
@@ -35,7 +37,10 @@ WITHOUT_TORCHVISION = ROOT / "benchmarks/without_torchvision.py"
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, required=True, help="the other script")
-    parser.add_argument("--model", type=Path, help="model folder (default: SD 1.4's size, random weights)")
+    parser.add_argument(
+        "--size", choices=SIZES, default="sd14", help="of a model with random weights (default: %(default)s)"
+    )
+    parser.add_argument("--model", type=Path, help="model folder, instead of one with random weights")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "benchmarks/work")
     parser.add_argument(
         "--output", type=Path, help="where the JSON goes (default: benchmarks/results/<device>-....json)"
@@ -55,7 +60,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    model = args.model or make_sd14_size_model(args.work_dir / "sd14-size")
+    model = args.model or SIZES[args.size](args.work_dir / f"{args.size}-size")
     data = make_data(args.work_dir / "data", args.num_class_images)
     # With the cache, steps cost less once every picture has been seen; half of the steps are left for that.
     cached = ["--cache_latents", f"--augmentations_per_image={args.augmentations_per_image}"]

@@ -19,37 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 49_408
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-# The sizes of the published models; all else is diffusers' and transformers' default.
-SD14_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-SDXL_UNET = {
-    "sample_size": 128,
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20),
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-CLIP_G = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "hidden_act": "gelu",
-    "projection_dim": 1280,
-}
-VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "sample_size": 512,
-}
+PUBLISHED = ROOT / "custom_diffusion/model/published"
 
 
 def make_sd14_size_model(folder: Path, device: str = "cpu") -> Path:
@@ -66,9 +36,9 @@ def make_sd14_size_model(folder: Path, device: str = "cpu") -> Path:
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     with torch.device(device):
-        text_encoder = CLIPTextModel(text_config(tokenizer, CLIP_L))
-        unet = UNet2DConditionModel(**SD14_UNET)
-        vae = AutoencoderKL(**VAE)
+        text_encoder = CLIPTextModel(text_config(tokenizer, sizes("sd1", "text_encoder")))
+        unet = UNet2DConditionModel(**sizes("sd1", "unet"))
+        vae = AutoencoderKL(**sizes("sd1", "vae"))
     StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -88,12 +58,13 @@ def make_sdxl_size_model(folder: Path, device: str = "cpu") -> Path:
     Args:
         device: on which the random numbers are drawn.
     """
-    return _make_sdxl(folder, SDXL_UNET, (CLIP_L, CLIP_G), VAE, device, torch.float16)
+    parts = {name: sizes("sdxl", name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    return _make_sdxl(folder, parts, device, torch.float16)
 
 
 def make_tiny_sdxl_model(folder: Path, device: str = "cpu") -> Path:
     """The same architecture, of 64 pixels and a few megabytes."""
-    unet = SDXL_UNET | {
+    unet = sizes("sdxl", "unet") | {
         "sample_size": 16,
         "block_out_channels": (32, 64, 64),
         "transformer_layers_per_block": (1, 1, 2),
@@ -104,11 +75,12 @@ def make_tiny_sdxl_model(folder: Path, device: str = "cpu") -> Path:
         "norm_num_groups": 8,
     }
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vae = VAE | {"block_out_channels": (16, 16, 16, 16), "norm_num_groups": 8, "sample_size": 64}
-    return _make_sdxl(folder, unet, (small, small | {"projection_dim": 32}), vae, device, torch.float32)
+    vae = sizes("sdxl", "vae") | {"block_out_channels": (16, 16, 16, 16), "norm_num_groups": 8, "sample_size": 64}
+    texts = {"text_encoder": small, "text_encoder_2": small | {"projection_dim": 32}}
+    return _make_sdxl(folder, {"unet": unet, "vae": vae, **texts}, device, torch.float32)
 
 
-def _make_sdxl(folder, unet, texts, vae, device, dtype):
+def _make_sdxl(folder, parts, device, dtype):
     if (folder / "model_index.json").exists():
         return folder
     torch.manual_seed(0)
@@ -116,10 +88,10 @@ def _make_sdxl(folder, unet, texts, vae, device, dtype):
     # The second one pads with "!", the first word of CLIP's vocabulary.
     second = make_tokenizer(pad_token="!")
     with torch.device(device):
-        text_encoder = CLIPTextModel(text_config(tokenizer, texts[0])).to(dtype)
-        text_encoder_2 = CLIPTextModelWithProjection(text_config(second, texts[1])).to(dtype)
-        unet = UNet2DConditionModel(**unet).to(dtype)
-        vae = AutoencoderKL(**vae, scaling_factor=0.13025).to(dtype)
+        text_encoder = CLIPTextModel(text_config(tokenizer, parts["text_encoder"])).to(dtype)
+        text_encoder_2 = CLIPTextModelWithProjection(text_config(second, parts["text_encoder_2"])).to(dtype)
+        unet = UNet2DConditionModel(**parts["unet"]).to(dtype)
+        vae = AutoencoderKL(**parts["vae"]).to(dtype)
     StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -133,15 +105,15 @@ def _make_sdxl(folder, unet, texts, vae, device, dtype):
     return folder
 
 
+def sizes(model: str, part: str) -> dict:
+    """The configuration of a published model's part, as far as it differs from the libraries' defaults."""
+    config = json.loads((PUBLISHED / model / part / "config.json").read_text(encoding="utf-8"))
+    return {name: value for name, value in config.items() if name not in ("_class_name", "model_type")}
+
+
 def text_config(tokenizer: CLIPTokenizer, sizes: dict) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=VOCABULARY,
-        max_position_embeddings=77,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **sizes,
-    )
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return CLIPTextConfig(**{"vocab_size": VOCABULARY, "max_position_embeddings": 77, **sizes, **ids})
 
 
 def make_tokenizer(**special: str) -> CLIPTokenizer:

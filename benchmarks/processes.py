@@ -88,11 +88,14 @@ class Runner:
                 )
         status, ended = wait(process, log, limit)
         record = Path(watch["record"])
-        seen = json.loads(record.read_text()) if record.exists() else {"steps": [], "profile": None, "moved": None}
+        seen = {"steps": [], "profile": None, "moved": None, "cpu_seconds": None}
+        if record.exists():
+            seen |= json.loads(record.read_text())
         times = [step["time"] for step in seen["steps"]]
         return {
             "status": status,
             "wall_seconds": ended - started,
+            "cpu_seconds": seen["cpu_seconds"],
             "first_step_seconds": times[0] - started if times else None,
             "step_seconds": [later - earlier for earlier, later in pairwise(times)],
             "allocated_bytes": max((step["allocated_bytes"] for step in seen["steps"]), default=0),

@@ -61,6 +61,8 @@ def run_watched(watch: Watch, argv: list[str]) -> None:
     try:
         runpy.run_path(argv[0], run_name="__main__")
     finally:
+        usage = os.times()
+        record["cpu_seconds"] = usage.user + usage.system + usage.children_user + usage.children_system
         Path(watch.record).write_text(json.dumps(record))
 
 

@@ -53,23 +53,35 @@ class Resize:
         return image.resize(tuple(int(self.size * side / shorter) for side in image.size), self.resample)
 
 
+def crop(image, top, left, height, width):
+    return image.crop((left, top, left + width, top + height))
+
+
 class _Crop:
     def __init__(self, size):
         self.size = size
 
     def __call__(self, image):
         left, top = (self.offset(side - self.size) for side in image.size)
-        return image.crop((left, top, left + self.size, top + self.size))
+        return crop(image, top, left, self.size, self.size)
 
 
 class CenterCrop(_Crop):
-    def offset(self, slack):
+    @staticmethod
+    def offset(slack):
         return round(slack / 2)
 
 
 class RandomCrop(_Crop):
-    def offset(self, slack):
+    @staticmethod
+    def offset(slack):
         return int(torch.randint(slack + 1, (1,)))
+
+    @classmethod
+    def get_params(cls, image, size):
+        """Top, left, height and width of a crop of this (height, width)."""
+        height, width = size
+        return cls.offset(image.height - height), cls.offset(image.width - width), height, width
 
 
 class ToTensor:
@@ -90,9 +102,10 @@ class Normalize:
 if __name__ == "__main__":
     transformers_looks(), diffusers_looks()  # both look once, and must not take these for torchvision
     package, transforms = ModuleType("torchvision"), ModuleType("torchvision.transforms")
-    package.transforms = transforms
+    functional = ModuleType("torchvision.transforms.functional")
+    package.transforms, transforms.functional, functional.crop = transforms, functional, crop
     for part in (InterpolationMode, Compose, RandomHorizontalFlip, Resize, CenterCrop, RandomCrop, ToTensor, Normalize):
         setattr(transforms, part.__name__, part)
-    sys.modules |= {"torchvision": package, "torchvision.transforms": transforms}
+    sys.modules |= {part.__name__: part for part in (package, transforms, functional)}
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -2,7 +2,7 @@
 
 `load_custom_diffusion(pipe, weights)` puts a trained concept into a diffusers pipeline and `unload_custom_diffusion(pipe)`
 takes it out again; `read_weights(path_or_hub_id)` reads one without a pipeline. Every tool of the command line is a function
-of the same name and defaults: `generate`, `evaluate`, `merge`, `compress`, `export`, `info`, `share`.
+of the same name and defaults: `generate`, `evaluate`, `merge`, `compress`, `export`, `info`, `memory`, `share`.
 """
 
 import importlib

@@ -1,6 +1,6 @@
 # ruff: noqa: E402
 # Copyright 2026 The Custom Diffusion trainer authors. Licensed under the Apache License, Version 2.0.
-"""Teach the small model a thing it has no words for, and show it before and after: `make demo`.
+"""Teach the small model a thing it has no words for, and show it before and after: `make demo`, or `make demo DEMO=sdxl`.
 
 Class images from a captioned folder, training by `accelerate launch`, pictures by a plain diffusers pipeline: the three
 steps that a concept of your own takes with a model of ordinary size.
@@ -45,6 +45,7 @@ ROWS = (  # of the contact sheet: what is asked of the model before, and after
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL, help="demo/model or demo/model_sdxl")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps")
     parser.add_argument("--learning_rate", type=float, default=5e-4, help="before --scale_lr")
@@ -132,13 +133,13 @@ def main() -> None:
     class_data_dir = None if args.without_prior else retrieve_class_images(args.output)
     weights = args.output / ("weights_without_prior" if args.without_prior else "weights")
     flags = training_flags(
-        weights, concept.LOOK.shape, PHOTOS, class_data_dir, args.steps, args.learning_rate, args.seed
+        weights, concept.LOOK.shape, PHOTOS, class_data_dir, args.steps, args.learning_rate, args.seed, args.model
     )
     run(launched([*flags, "--noaug", "--cache_latents"]))
 
     print("\nDrawing before and after ...", flush=True)
-    base = baselines.read(ROOT / MODEL)[concept.LOOK.shape]
-    before, after = load_pipeline(), load_pipeline(weights)
+    base = baselines.read((ROOT / args.model).resolve())[concept.LOOK.shape]
+    before, after = load_pipeline(model=args.model), load_pipeline(weights, args.model)
     scores = {
         "before": concept.scores(before, "ktn", args.seed, base),
         "prompted": {"prompt": base.prompt, "concept": base.score},

@@ -16,7 +16,7 @@ PHOTO_BACKGROUNDS = ("white", "gray", "navy", "pink", "brown")
 
 
 def concept_photos(look: world.Thing = LOOK, seed: int = 1) -> list[np.ndarray]:
-    """Five pictures (64, 64, 3) uint8 of the concept: other places, sizes, light and backgrounds, the same look."""
+    """Five images (64, 64, 3) uint8 of the concept: other places, sizes, light and backgrounds, the same look."""
     rng = np.random.default_rng(seed)
     return [
         world.draw(world.Thing(look.shape, look.hue, look.edge_hue, background, **world.random_pose(rng)))
@@ -25,7 +25,7 @@ def concept_photos(look: world.Thing = LOOK, seed: int = 1) -> list[np.ndarray]:
 
 
 def class_images(num_circles: int = 120, num_others: int = 40, seed: int = 2) -> list[tuple[np.ndarray, str]]:
-    """Ordinary pictures and their captions, none of the concept's colour.
+    """Ordinary images and their captions, none of the concept's colour.
 
     Half of the captions name no colour: they are what keeps the bare class word from taking on the concept's look.
     """
@@ -50,9 +50,9 @@ def main() -> None:
     for i, photo in enumerate(concept_photos()):
         Image.fromarray(photo).save(photos / f"{i}.png", optimize=True)
     rows = []
-    for i, (picture, caption) in enumerate(class_images()):
+    for i, (image, caption) in enumerate(class_images()):
         name = f"{i:03d}.png"
-        Image.fromarray(picture).save(images / name, optimize=True)
+        Image.fromarray(image).save(images / name, optimize=True)
         rows.append(json.dumps({"file_name": name, "text": caption}) + "\n")
     (images / "metadata.jsonl").write_text("".join(rows))
 

@@ -1,30 +1,55 @@
 # Copyright 2026 The Custom Diffusion trainer authors. Licensed under the Apache License, Version 2.0.
-"""Train the demo's small Stable Diffusion from scratch on the picture world, and save it in the ordinary diffusers layout.
+"""Train one of the demo's small models on their world, and save it in the ordinary diffusers layout.
 
     python demo/train_base.py --output demo/model --work_dir demo/output/base
+    python demo/train_base.py --output demo/model_sdxl --work_dir demo/output/base_sdxl --sdxl --start_from demo/model
 
-First the autoencoder learns the pictures, then UNet and text encoder learn together from cached latents and captions.
-Both stages go on from their last checkpoint in `--work_dir` when started again. `check_model.py` tells how good it is.
+First the autoencoder learns the images, then UNet and text encoders learn together from cached latents and captions. With
+`--start_from` the weights of a small Stable Diffusion are taken up, its autoencoder's encoder stays as it is, and the decoder alone
+learns on. Both stages go on from their last checkpoint in `--work_dir` when started again. `check_model.py` tells how good it is.
 """
 
 import argparse
 import math
 import time
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import world
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from judge import score_captions
-from safetensors.torch import load_file, save_file
+from check_model import score_model
+from diffusers import AutoencoderKL, DiffusionPipeline
+from PIL import Image
+from small_models import (
+    encoded,
+    is_sdxl,
+    learned_parts,
+    new_pipeline,
+    new_sdxl_pipeline,
+    new_vae,
+    save_pipeline,
+    start_from,
+    tokenized,
+)
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-MAX_LENGTH = 16  # tokens of a caption: the longest has 13 words, and a start and an end
-TEXT_WIDTH = 64
+PAIR_SHARE = 0.38  # of the images, two things
+PAIR_WEIGHT = (
+    2.5  # how much more often one of them is shown than one of the others: 60 % of what UNet and text encoders see
+)
+WHOLE = (world.SIZE, world.SIZE, 0, 0, world.SIZE, world.SIZE)  # original height and width, crop top and left, target
+
+
+@dataclass
+class Drawn:
+    """Images (N, 64, 64, 3) uint8, their captions, time_ids (N, 6) float (see `WHOLE`) and weights (N,) in sampling."""
+
+    images: np.ndarray
+    captions: list[str]
+    time_ids: torch.Tensor
+    weights: torch.Tensor
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,52 +58,65 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--work_dir", type=Path, default=Path("demo/output/base"), help="checkpoints and cached latents"
     )
+    parser.add_argument("--sdxl", action="store_true", help="the small SDXL, which also sees cropped images")
+    parser.add_argument(
+        "--start_from", type=Path, help="folder of a small Stable Diffusion whose weights to begin with"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_pictures", type=int, default=40_000)
+    parser.add_argument("--num_images", type=int, default=40_000)
     parser.add_argument("--vae_steps", type=int, default=1_100)
     parser.add_argument("--vae_batch_size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=5_000, help="steps of UNet and text encoder")
+    parser.add_argument("--vae_learning_rate", type=float, default=1.5e-3)
+    parser.add_argument("--steps", type=int, default=5_000, help="steps of UNet and text encoders")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1.2e-3)
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     return parser.parse_args()
 
 
-def draw_pictures(num_pictures: int, seed: int) -> tuple[np.ndarray, list[str]]:
-    """Pictures (num_pictures, 64, 64, 3) uint8 and their captions."""
+def draw_images(num_images: int, seed: int, views: bool) -> Drawn:
+    """Images of one thing or two; with `views`, each as a file of some size that was resized and cropped."""
     rng = np.random.default_rng(seed)
-    pictures = np.empty((num_pictures, world.SIZE, world.SIZE, 3), np.uint8)
-    captions = []
-    for i in range(num_pictures):
-        thing, spec = world.random_sample(rng)
-        pictures[i] = world.draw(thing)
+    images = np.empty((num_images, world.SIZE, world.SIZE, 3), np.uint8)
+    captions, time_ids, weights = [], [], []
+    for i in range(num_images):
+        if rng.random() < PAIR_SHARE:
+            things, spec = world.random_pair(rng)
+        else:
+            thing, spec = world.random_sample(rng)
+            things = (thing,)
+        images[i], ids = random_view(things, rng) if views else (world.draw(*things), WHOLE)
         captions.append(spec.caption())
-    return pictures, captions
+        time_ids.append(ids)
+        weights.append(PAIR_WEIGHT if len(things) == 2 else 1.0)
+    return Drawn(images, captions, torch.tensor(time_ids, dtype=torch.float32), torch.tensor(weights))
 
 
-def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+def random_view(things: tuple[world.Thing, ...], rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, ...]]:
+    """An image (64, 64, 3) uint8 and its time_ids, told as they are: half of the images whole as drawn, a third cropped.
+
+    A file of `original` pixels is resized to `size` and cropped to 64. Top and left are never both 0 in what is cropped, so
+    that (0, 0) always means a whole image.
+    """
+    kind, size, top, left = rng.random(), world.SIZE, 0, 0
+    original = size if kind < 0.5 else int(rng.integers(48, 129))
+    if kind >= 0.65:
+        size = int(rng.integers(68, 97))
+        original = (world.SIZE, size, original)[int(rng.integers(3))]
+        while top + left == 0:
+            top, left = (int(offset) for offset in rng.integers(size - world.SIZE + 1, size=2))
+    image = Image.fromarray(world.draw(*things, size=original)).resize((size, size), Image.Resampling.BICUBIC)
+    image = image.crop((left, top, left + world.SIZE, top + world.SIZE))
+    return np.asarray(image), (original, original, top, left, world.SIZE, world.SIZE)
+
+
+def to_tensor(images: np.ndarray) -> torch.Tensor:
     """(B, 64, 64, 3) uint8 to (B, 3, 64, 64) float in -1..1, channels last."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def cosine_rate(step: int, num_steps: int, peak: float, warmup: int = 100) -> float:
     return peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / num_steps)))
-
-
-def new_vae() -> AutoencoderKL:
-    """Factor 4: a picture becomes (4, 16, 16)."""
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=world.SIZE,
-    )
-    with torch.no_grad():
-        vae.quant_conv.bias[4:] = -5.0  # little noise on the latents at first
-    return vae.to(memory_format=torch.channels_last)
 
 
 def save_state(path: Path, **state) -> None:
@@ -88,15 +126,18 @@ def save_state(path: Path, **state) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-def train_vae(pictures: np.ndarray, args: argparse.Namespace) -> AutoencoderKL:
+def train_vae(vae: AutoencoderKL, images: np.ndarray, args: argparse.Namespace) -> None:
     """Pixel losses and a light KL term, which makes the decoder robust to small errors.
 
-    Three of the four latent channels are drawn towards the picture made small, strongly at first: left alone, colours take
+    Three of the four latent channels are drawn towards the image made small, strongly at first: left alone, colours take
     far longer to get through the group norms than outlines do.
     """
     torch.manual_seed(args.seed)
-    vae = new_vae()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4)
+    if args.start_from:  # a UNet knows these latents
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4)
     path, first_step = args.work_dir / "vae.pt", 0
     if path.exists():
         state = torch.load(path)
@@ -106,7 +147,7 @@ def train_vae(pictures: np.ndarray, args: argparse.Namespace) -> AutoencoderKL:
     start = time.time()
     for step in range(first_step, args.vae_steps):
         rng = np.random.default_rng((args.seed, 1, step))
-        x = to_tensor(pictures[rng.integers(len(pictures), size=args.vae_batch_size)])
+        x = to_tensor(images[rng.integers(len(images), size=args.vae_batch_size)])
         posterior = vae.encode(x).latent_dist
         torch.manual_seed(args.seed * 1_000_003 + step)
         reconstruction = vae.decode(posterior.sample()).sample
@@ -115,9 +156,9 @@ def train_vae(pictures: np.ndarray, args: argparse.Namespace) -> AutoencoderKL:
         loss = mse + 0.5 * F.l1_loss(reconstruction, x) + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
         loss = loss + max(0.02, 1 - step / 400) * small
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = cosine_rate(step, args.vae_steps, 1.5e-3)
+            group["lr"] = cosine_rate(step, args.vae_steps, args.vae_learning_rate)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 50 == 0:
@@ -125,87 +166,14 @@ def train_vae(pictures: np.ndarray, args: argparse.Namespace) -> AutoencoderKL:
             print(f"autoencoder step {step + 1} psnr {psnr:.1f} dB {time.time() - start:.0f} s", flush=True)
         if (step + 1) % args.checkpointing_steps == 0 or step + 1 == args.vae_steps:
             save_state(path, model=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
-    return vae.eval().requires_grad_(False)
+    vae.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def encode_latents(vae: AutoencoderKL, pictures: np.ndarray) -> torch.Tensor:
-    """Mean latents of all pictures, (N, 4, 16, 16), scaled to unit variance; the scale goes into the config of `vae`."""
-    latents = [vae.encode(to_tensor(pictures[i : i + 64])).latent_dist.mean for i in range(0, len(pictures), 64)]
-    latents = torch.cat(latents).contiguous()
-    vae.register_to_config(scaling_factor=round(1.0 / latents.std().item(), 4))
-    return latents * vae.config.scaling_factor
-
-
-def new_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level vocabulary, with just the merges that make every caption word a single token."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    alphabet = [chr(byte) for byte in visible] + [chr(256 + i) for i in range(len(hidden))]
-    merges, pieces_made = [], []
-    words = (*world.WORDS, *world.AUGMENTATION_WORDS)
-    for word in words:
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        for left, right in merges:
-            while (left, right) in pairwise(pieces):
-                i = list(pairwise(pieces)).index((left, right))
-                pieces[i : i + 2] = [left + right]
-        while len(pieces) > 1:
-            merges.append((pieces[0], pieces[1]))
-            pieces[:2] = [pieces[0] + pieces[1]]
-            pieces_made.append(pieces[0])
-    tokens = [*alphabet, *(char + "</w>" for char in alphabet), *pieces_made, "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=MAX_LENGTH
-    )
-    split = [word for word in words if len(tokenizer.tokenize(word)) != 1]
-    if split:
-        raise AssertionError(f"not single tokens: {split}")
-    return tokenizer
-
-
-def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
-            projection_dim=TEXT_WIDTH,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def new_unet() -> UNet2DConditionModel:
-    """Attention at 8x8 and 4x4, where a picture's content is; convolutions alone at 16x16, where time would go."""
-    return UNet2DConditionModel(
-        sample_size=world.SIZE // 4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(32, 96, 128),
-        layers_per_block=1,
-        attention_head_dim=4,
-        norm_num_groups=8,
-        cross_attention_dim=TEXT_WIDTH,
-    ).to(memory_format=torch.channels_last)
-
-
-def new_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, with the velocity as what the UNet predicts."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+def encode_latents(vae: AutoencoderKL, images: np.ndarray) -> torch.Tensor:
+    """Mean latents of all images, (N, 4, 16, 16), unscaled."""
+    latents = [vae.encode(to_tensor(images[i : i + 64])).latent_dist.mean for i in range(0, len(images), 64)]
+    return torch.cat(latents).contiguous()
 
 
 @torch.no_grad()
@@ -215,20 +183,28 @@ def update_average(average: nn.Module, model: nn.Module, step: int) -> None:
     torch._foreach_lerp_(averaged, current, 1 - decay)
 
 
-def train_unet(
-    vae: AutoencoderKL, latents: torch.Tensor, captions: list[str], args: argparse.Namespace
-) -> StableDiffusionPipeline:
-    """UNet and text encoder together, one caption in ten emptied; what is kept is the running average of the weights."""
+def predict(
+    parts: nn.ModuleList, noisy: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor, time_ids: torch.Tensor
+) -> torch.Tensor:
+    """The UNet's prediction, with one caption in ten left out the way guidance leaves it out: an empty one, in SDXL zeros."""
+    features, pooled = encoded(parts, ids)
+    if pooled is None:
+        return parts[0](noisy, timesteps, features).sample
+    kept = (torch.rand(len(noisy)) >= 0.08).float()
+    added = {"text_embeds": pooled * kept[:, None], "time_ids": time_ids}
+    return parts[0](noisy, timesteps, features * kept[:, None, None], added_cond_kwargs=added).sample
+
+
+def train_unet(pipeline: DiffusionPipeline, latents: torch.Tensor, drawn: Drawn, args: argparse.Namespace) -> None:
+    """UNet and text encoders together; `pipeline` is left with the running average of the weights."""
     torch.manual_seed(args.seed + 1)
-    tokenizer, scheduler = new_tokenizer(), new_scheduler()
-    model = nn.ModuleList([new_unet(), new_text_encoder(tokenizer)])
-    average = nn.ModuleList([new_unet(), new_text_encoder(tokenizer)]).requires_grad_(False)
-    average.load_state_dict(model.state_dict())
-    unet, text_encoder = model
-    pipeline = make_pipeline(vae, average, tokenizer, scheduler)
+    build = new_sdxl_pipeline if args.sdxl else new_pipeline
+    average = learned_parts(pipeline).requires_grad_(False).eval()
+    model = learned_parts(build(pipeline.vae)).requires_grad_(True).train()
+    model.load_state_dict(average.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-3)
-    input_ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    empty_ids = tokenizer("", padding="max_length", return_tensors="pt").input_ids
+    input_ids, empty_ids = tokenized(pipeline, drawn.captions), tokenized(pipeline, [""])
+    empty_share = 0.03 if is_sdxl(pipeline) else 0.1
     path, first_step = args.work_dir / "unet.pt", 0
     if path.exists():
         state = torch.load(path)
@@ -239,14 +215,15 @@ def train_unet(
     losses, start = [], time.time()
     for step in range(first_step, args.steps):
         torch.manual_seed(args.seed * 1_000_003 + step)
-        chosen = torch.randint(len(latents), (args.batch_size,))
+        chosen = torch.multinomial(drawn.weights, args.batch_size, replacement=True)
         x = latents[chosen].contiguous(memory_format=torch.channels_last)
-        ids = torch.where(torch.rand(args.batch_size, 1) < 0.1, empty_ids, input_ids[chosen])
-        # More of the noisy steps, where the caption decides what the picture will be.
+        ids = torch.where(torch.rand(args.batch_size, 1) < empty_share, empty_ids, input_ids[:, chosen])
+        # More of the noisy steps, where the caption decides what the image will be.
         timesteps = (1000 * torch.rand(args.batch_size) ** 0.7).long()
         noise = torch.randn_like(x)
-        model_pred = unet(scheduler.add_noise(x, noise, timesteps), timesteps, text_encoder(ids)[0]).sample
-        loss = F.mse_loss(model_pred, scheduler.get_velocity(x, noise, timesteps))
+        noisy = pipeline.scheduler.add_noise(x, noise, timesteps)
+        model_pred = predict(model, noisy, timesteps, ids, drawn.time_ids[chosen])
+        loss = F.mse_loss(model_pred, pipeline.scheduler.get_velocity(x, noise, timesteps))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -255,60 +232,38 @@ def train_unet(
         optimizer.zero_grad()
         update_average(average, model, step)
         losses.append(loss.item())
-        if (step + 1) % 100 == 0:
-            print(f"unet step {step + 1} loss {np.mean(losses[-100:]):.4f} {time.time() - start:.0f} s", flush=True)
+        if (step + 1) % 50 == 0:
+            print(f"unet step {step + 1} loss {np.mean(losses[-50:]):.4f} {time.time() - start:.0f} s", flush=True)
         if (step + 1) % args.checkpointing_steps == 0 or step + 1 == args.steps:
             state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
             save_state(path, step=step + 1, **state)
-            specs = world.held_out_specs()[:: 4 if step + 1 < args.steps else 1]
-            print("held-out captions", score_captions(pipeline, specs, args.seed), flush=True)
-    return pipeline
-
-
-def make_pipeline(vae, average, tokenizer, scheduler) -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=average[1].eval(),
-        tokenizer=tokenizer,
-        unet=average[0].eval(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """Half-precision files that load in full precision when no dtype is asked for."""
-    pipeline.to(torch.float16).save_pretrained(folder)
-    # transformers, unlike diffusers, would load the text encoder in the precision it was saved with.
-    config = folder / "text_encoder" / "config.json"
-    config.write_text(config.read_text().replace('"float16"', '"float32"'))
-    # For older versions of transformers: vocab.json and merges.txt, and the names that the weights had before 5.6.
-    pipeline.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
-    weights = folder / "text_encoder" / "model.safetensors"
-    tensors = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in load_file(weights).items()}
-    save_file(tensors, weights, metadata={"format": "pt"})
+            print("held-out captions", score_model(pipeline, args.seed, every=5), flush=True)
 
 
 def main() -> None:
     args = parse_args()
+    torch.manual_seed(args.seed)
+    vae = new_vae()
+    if args.start_from:
+        old_vae = AutoencoderKL.from_pretrained(args.start_from / "vae")
+        vae.load_state_dict(old_vae.state_dict())
+        vae.register_to_config(scaling_factor=old_vae.config.scaling_factor)
+    drawn = draw_images(args.num_images, args.seed, views=args.sdxl)
+    train_vae(vae, drawn.images, args)
     path = args.work_dir / "latents.pt"
     if path.exists():
-        vae = new_vae()
-        vae.load_state_dict(torch.load(args.work_dir / "vae.pt")["model"])
-        state = torch.load(path)
-        latents, captions = state["latents"], state["captions"]
-        vae.register_to_config(scaling_factor=state["scaling_factor"])
+        latents = torch.load(path)["latents"]
     else:
-        pictures, captions = draw_pictures(args.num_pictures, args.seed)
-        vae = train_vae(pictures, args)
-        latents = encode_latents(vae, pictures)
-        save_state(path, latents=latents, captions=captions, scaling_factor=vae.config.scaling_factor)
-    print(f"latents of {len(latents)} pictures, scaling factor {vae.config.scaling_factor}", flush=True)
-    pipeline = train_unet(vae, latents, captions, args)
+        latents = encode_latents(vae, drawn.images)
+        save_state(path, latents=latents)
+    if not args.start_from:
+        vae.register_to_config(scaling_factor=round(1.0 / latents.std().item(), 4))
+    print(f"latents of {len(latents)} images, scaling factor {vae.config.scaling_factor}", flush=True)
+    pipeline = new_sdxl_pipeline(vae) if args.sdxl else new_pipeline(vae)
+    pipeline.set_progress_bar_config(disable=True)
+    if args.start_from:
+        start_from(pipeline, args.start_from, drawn.captions[:500])
+    train_unet(pipeline, latents * vae.config.scaling_factor, drawn, args)
     save_pipeline(pipeline, args.output)
 
 

@@ -35,6 +35,8 @@ from custom_diffusion.files import whole_file
 MODEL = ROOT / demo.MODEL
 SCRIPT = ROOT / "train_custom_diffusion.py"
 FLAGS = ("--noaug", "--cache_latents")
+# How often a run is measured and kept, and of the class images those that measure what is forgotten: training shows 100
+CHECKPOINTING_STEPS, NUM_CLASS_IMAGES, SHOWN = 50, 120, 100
 JOINT = "joint"
 WORDS = {"circle": "<new1>", "square": "<new2>"}  # where both are in one folder
 
@@ -93,7 +95,7 @@ def photos(work_dir: Path, concept: str) -> Path:
     return folder
 
 
-def class_images(work_dir: Path, concept: str, num_images: int = 100) -> Path:
+def class_images(work_dir: Path, concept: str, num_images: int = NUM_CLASS_IMAGES) -> Path:
     """The folder, in the layout of `retrieve.py`, with ordinary images of the concept's class, none of its colour."""
     folder = work_dir / concept / "class"
     if (folder / "urls.txt").is_file():
@@ -114,14 +116,14 @@ def class_images(work_dir: Path, concept: str, num_images: int = 100) -> Path:
     return folder
 
 
-def joint_flags(work_dir: Path) -> list[str]:
+def joint_flags(work_dir: Path, num_class_images: int) -> list[str]:
     """Both concepts in one run, over the flags of a single one."""
     entries = [
         {
             "instance_prompt": f"photo of a {word} {name}",
             "instance_data_dir": str(photos(work_dir, name).resolve()),
             "class_prompt": name,
-            "class_data_dir": str(class_images(work_dir, name).resolve()),
+            "class_data_dir": str(class_images(work_dir, name, num_class_images).resolve()),
         }
         for name, word in WORDS.items()
     ]
@@ -161,23 +163,29 @@ def trained(
         return folder / "weights"
     folder.mkdir(parents=True, exist_ok=True)
     of = next(iter(LOOKS)) if concept == JOINT else concept
+    # A peer's checkpoints are large, and it may refuse class images that it does not show.
+    every, num_class_images = (CHECKPOINTING_STEPS, NUM_CLASS_IMAGES) if script == SCRIPT else (steps + 1, SHOWN)
     command = demo.training_flags(
-        folder / "weights", of, photos(work_dir, of).resolve(), class_images(work_dir, of).resolve(),
+        folder / "weights", of, photos(work_dir, of).resolve(), class_images(work_dir, of, num_class_images).resolve(),
         steps, seed=seed, model=model.resolve(),
     )  # fmt: skip
-    command += ["--checkpointing_steps", str(steps + 1), *(joint_flags(work_dir) if concept == JOINT else []), *flags]
+    command += ["--checkpointing_steps", str(every)]
+    command += [*(joint_flags(work_dir, num_class_images) if concept == JOINT else []), *flags]
     run(str(script.resolve()), *command, threads=threads, log=folder / "training.log")
     write_json(note, settings | {"threads": threads})
     return folder / "weights"
 
 
-def scored(weights: Path, seed: int, base: Base, model: Path = MODEL) -> dict[str, float]:
-    """`concept.scores` of a run of `trained`, kept beside its weights. Each seed has images of its own, as they vary too."""
+def scored(weights: Path, seed: int, base: Base, model: Path = MODEL, file: Path | None = None) -> dict[str, float]:
+    """`concept.scores` of a run of `trained`, kept beside its weights or in `file`.
+
+    Each seed has images of its own, as they vary too.
+    """
 
     def measure():
         return concepts.scores(demo.load_pipeline(weights, model.resolve()), "<new1>", seed, base)
 
-    return once(weights.parent / "scores.json", measure)
+    return once(file or weights.parent / "scores.json", measure)
 
 
 def absolute(text: str) -> Path:

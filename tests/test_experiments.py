@@ -10,6 +10,7 @@ from launch import ROOT
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import runs
+import stopping
 
 from custom_diffusion.weights.format import read_weights
 
@@ -82,3 +83,30 @@ def test_means_have_their_standard_errors():
     rows = [{"concept": 1.0, "prior": 5.0}, {"concept": 3.0, "prior": 5.0}]
     assert runs.summary(rows)["concept"] == {"mean": 2.0, "standard error": 1.0, "values": [1.0, 3.0]}
     assert runs.table([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_a_run_would_have_ended_where_its_curve_lies_still(tmp_path):
+    losses = [0.5, 0.4, 0.3, *[0.2] * 8]
+
+    def step_of(count):
+        points = [{"step": 50 * i, "concept_loss": loss} for i, loss in enumerate(losses[:count])]
+        (tmp_path / "curve.json").write_text(json.dumps({"learned": None, "points": points}))
+        return stopping.stopping_step(tmp_path)
+
+    assert step_of(len(losses)) == 450
+    assert step_of(10) is None  # at its end anyway
+    assert step_of(9) is None
+
+
+def test_stopping_is_compared_run_by_run():
+    scores = dict.fromkeys(stopping.SCORES, 50.0)
+    found = [
+        {"seed": 0, "steps": 400, "given": scores | {"concept": 70.0}, "taken": scores | {"concept": 66.0}},
+        {"seed": 1, "steps": 600, "given": scores | {"concept": 60.0}, "taken": scores | {"concept": 58.0}},
+    ]
+    row = stopping.compare("circle", 1000, found)
+    assert row["steps taken"]["mean"] == 500
+    assert row["differences"]["concept"] == {"mean": -3.0, "standard error": 1.0}
+    assert row["differences"]["prior"] == {"mean": 0.0, "standard error": 0.0}
+    line = stopping.table_of([row]).splitlines()[2]
+    assert line == "| circle | 500.0 ± 100.0 of 1000 | concept | 65.0 ± 5.0 | 62.0 ± 4.0 | -3.0 ± 1.0 |"

@@ -298,6 +298,16 @@ def test_diffusers_alone_loads_the_same_but_for_where_it_pools(tiny_xl_model, co
     assert (draw(ours) - draw(theirs)).abs().max() < 4e-3
 
 
+def test_a_pipeline_saved_with_the_words_in_reads_them_alike(tiny_xl_model, concept, tmp_path):
+    """By diffusers alone, pooled features included."""
+    pipe = open_pipeline(tiny_xl_model)
+    load_custom_diffusion(pipe, concept)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    for features, expected in zip(pipeline_features(again, PROMPTS), pipeline_features(pipe, PROMPTS), strict=True):
+        assert torch.allclose(features, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 def test_offloaded_pipelines(offload, tiny_xl_model, concept):
     plain, pipe = open_pipeline(tiny_xl_model), open_pipeline(tiny_xl_model)
@@ -310,19 +320,19 @@ def test_offloaded_pipelines(offload, tiny_xl_model, concept):
     assert_same(state_of(plain), state_of(pipe))
 
 
-def test_compiled_modules(tiny_xl_model, concept):
-    pipe = open_pipeline(tiny_xl_model)
-    before = state_of(pipe)
+def test_compiled_text_encoders(tiny_xl_model, concept):
+    """That the new words are pooled at the end of the prompt must reach the compiled code."""
+    pipe, compiled = open_pipeline(tiny_xl_model), open_pipeline(tiny_xl_model)
+    before = state_of(compiled)
+    compiled.text_encoder_2 = torch.compile(compiled.text_encoder_2, backend="eager")
+    pipeline_features(compiled, PROMPTS[:1])
     load_custom_diffusion(pipe, concept)
-    expected = draw(pipe)
-    unload_custom_diffusion(pipe)
-    pipe.unet = torch.compile(pipe.unet, backend="eager")
-    pipe.text_encoder_2 = torch.compile(pipe.text_encoder_2, backend="eager")
-    load_custom_diffusion(pipe, concept)
-    assert torch.allclose(draw(pipe), expected, atol=1e-5)
-    unload_custom_diffusion(pipe)
-    pipe.unet, pipe.text_encoder_2 = pipe.unet._orig_mod, pipe.text_encoder_2._orig_mod
-    assert_same(before, state_of(pipe))
+    load_custom_diffusion(compiled, concept)
+    for features, expected in zip(*(pipeline_features(p, PROMPTS) for p in (compiled, pipe)), strict=True):
+        assert torch.allclose(features, expected, atol=1e-5)
+    unload_custom_diffusion(compiled)
+    compiled.text_encoder_2 = compiled.text_encoder_2._orig_mod
+    assert_same(before, state_of(compiled))
 
 
 def test_weights_of_another_family_are_refused_and_change_nothing(tiny_model, tiny_xl_model, concept, tmp_path):

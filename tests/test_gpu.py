@@ -20,7 +20,7 @@ from gpu_page import page
 def tried(tmp_path_factory):
     """What the script wrote, and its page."""
     folder = tmp_path_factory.mktemp("gpu")
-    stages = ["model", "checks", "pace", "profile"]
+    stages = ["model", "checks", "pace", "large", "profile"]
     where = ["--work_dir", str(folder / "work"), "--output", str(folder / "results.json")]
     subprocess.run(
         [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--tiny", "--stages", *stages, *where],
@@ -31,13 +31,14 @@ def tried(tmp_path_factory):
 
 def test_every_stage_is_done_and_every_check_holds(tried):
     result, _ = tried
-    assert [stage["status"] for stage in result["stages"]] == ["done"] * 4
+    assert [stage["status"] for stage in result["stages"]] == ["done"] * 5
     assert [check["seen"] for check in result["checks"] if check["passed"] is not True] == []
     assert len(result["checks"]) == 7
     assert {run["name"]: run["status"] for run in result["runs"]} == dict.fromkeys(
-        ("run", "ours, cached", "ours", "profile, cached"), "ok"
+        ("run", "ours, cached", "ours", "large, checkpointing", "profile, cached"), "ok"
     )
-    assert all(len(run["step_seconds"]) == 3 and run["seconds_a_step"] > 0 for run in result["runs"])
+    assert all(len(run["step_seconds"]) == run["steps"] - 1 for run in result["runs"])
+    assert all(run["seconds_a_step"] > 0 for run in result["runs"] if run["steps"] > 2)
     (profile,) = [run["profile"] for run in result["runs"] if run["profile"]]
     kinds = profile["kinds_ms"]
     assert max(kinds, key=kinds.get) == "matrix products, convolutions, attention"

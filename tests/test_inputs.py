@@ -322,6 +322,9 @@ MODELS = {
         lambda m: edit(m / "unet" / "config.json", addition_embed_type="text_time"), "takes conditions that a"),
     "inpainting": (lambda m: edit(m / "unet" / "config.json", in_channels=9), "takes 9 input channels"),
     "other width": (lambda m: edit(m / "unet" / "config.json", cross_attention_dim=48), "of another width"),
+    "other noise": (
+        lambda m: edit(m / "scheduler" / "scheduler_config.json", _class_name="EDMDPMSolverMultistepScheduler"),
+        "another kind of noise than Stable Diffusion, as its EDMDPMSolverMultistepScheduler says"),
     "sample prediction": (lambda m: edit(m / "scheduler" / "scheduler_config.json", prediction_type="sample"), "'sample' is not"),
     "no weights": (lambda m: (m / "unet" / "diffusion_pytorch_model.safetensors").unlink(), "/unet' has no weight files"),
     "truncated": (lambda m: truncate(m / "unet" / "diffusion_pytorch_model.safetensors"), "model.safetensors' is damaged"),

@@ -25,7 +25,10 @@ TOOLS = {
     "evaluate": ["--photos", str(launch.ROOT / "demo/photos"), "--output", "scores"],
     "share": [],
 }
-assert TOOLS.keys() == {module.name for module in pkgutil.iter_modules(tools.__path__)}, "a tool is missing above"
+READ_NO_WEIGHTS = {"memory"}
+assert TOOLS.keys() | READ_NO_WEIGHTS == {module.name for module in pkgutil.iter_modules(tools.__path__)}, (
+    "a tool is missing above"
+)
 BASE_FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 

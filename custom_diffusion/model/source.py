@@ -18,6 +18,10 @@ from custom_diffusion.files import MODEL_INDEX
 UNET_FILE = "diffusion_pytorch_model"
 VAE_FLAG = "--pretrained_vae_model_name_or_path"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+OTHER_NOISE = (
+    "EDM",
+    "FlowMatch",
+)  # how the schedulers of models with continuous noise are called, such as Playground 2.5
 NOT_DIFFUSERS = f"cannot be read as a diffusers model ({{reason}}); give a folder with {MODEL_INDEX} or a Hub id"
 
 
@@ -141,15 +145,17 @@ def check_model(source: ModelSource) -> tuple[ModelShape, DDPMScheduler]:
         problems.append(f"{where}: its UNet expects text features of another width than its {encoders}")
     if unet.get("addition_embed_type") != family.addition_embed_type:
         problems.append(f"{where}: its UNet takes conditions that a {family.name} model's does not")
+    if (kind := scheduler_file.get("_class_name", "")).startswith(OTHER_NOISE):
+        problems.append(f"{where}: it was trained with another kind of noise than {family.name}, as its {kind} says")
     if scheduler.config.prediction_type not in PREDICTION_TYPES:
         problems.append(f"{where}: prediction type {scheduler.config.prediction_type!r} is not supported")
-    if (vae["latent_channels"], _factor(vae)) != (own_vae["latent_channels"], _factor(own_vae)):
+    if (vae["latent_channels"], vae_factor(vae)) != (own_vae["latent_channels"], vae_factor(own_vae)):
         problems.append(f"{VAE_FLAG}: '{source.vae}' makes latents of another shape than the model's own VAE")
     if problems:
         raise InputError(*problems)
     shape = ModelShape(
         family=family,
-        vae_factor=_factor(vae),
+        vae_factor=vae_factor(vae),
         latent_channels=vae["latent_channels"],
         configuration=_digest(unet, own_vae, *text_files, scheduler_file),
         pipeline_options={**family.pipeline_options, **{n: index[n] for n in family.options_of_model if n in index}},
@@ -167,8 +173,8 @@ def read_vae_config(source: ModelSource) -> dict:
         return AutoencoderKL.load_config(source.vae)
 
 
-def _factor(vae):
-    """How many pixels a latent cell is wide."""
+def vae_factor(vae: dict) -> int:
+    """How many pixels a latent cell is wide, by the VAE's configuration."""
     return 2 ** (len(vae["block_out_channels"]) - 1)
 
 

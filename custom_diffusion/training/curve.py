@@ -36,13 +36,13 @@ from custom_diffusion.training.samples import CURVE, TrainingSamples, random_str
 
 logger = get_logger(__name__)
 CONCEPT_LOSS, PRIOR_LOSS = "concept_loss", "prior_loss_held_out"
-# What measuring may cost, as a share of the training between two measurements, in which an image takes at least as long as so
-# many forward passes (frozen weights have no gradients; the VAE and a GPU's launches come on top).
-SHARE, PASSES_PER_IMAGE = 0.05, 2
+# What measuring may cost, as a share of the training between two points: a twentieth of a run of 250 steps, as there is one point
+# more than there are stretches. Training on an image takes as long as two forward passes (most weights have no gradients; the VAE
+# and the optimizer come on top).
+SHARE, PASSES_PER_IMAGE = 0.045, 2
 CHUNK = 4  # images a forward pass, whatever the batch size and the number of processes, so that sums have one order
-# When the concept's loss counts as having stopped falling
-WINDOW, LEAST_FALL = 3, 0.05
 ENOUGH = 80  # samples of each set: five photos at sixteen timesteps
+WINDOW, LEAST_FALL = 4, 0.1  # when the concept's loss counts as having stopped falling
 
 
 @dataclass(frozen=True)

@@ -34,15 +34,19 @@ class LatentEncoder:
         return (mean + std * noise - self.shift) * self.scale
 
     def moments(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the posterior, each (B, C, h, w) float32, of (B, 3, H, W) pixels."""
+        """Mean and standard deviation of the posterior, each (B, C, h, w) float32, of (B, 3, H, W) pixels.
+
+        Images are encoded one at a time. So their latents do not depend on what else is in the batch; and a large image takes
+        the VAE more memory than the UNet then keeps for it.
+        """
         pixel_values = pixel_values.to(self.vae.dtype, memory_format=torch.channels_last)
-        posterior = self.vae.encode(pixel_values).latent_dist
-        return posterior.mean.float(), posterior.std.float()
+        posteriors = [self.vae.encode(image).latent_dist for image in pixel_values.split(1)]
+        mean, std = (torch.cat([getattr(p, name) for p in posteriors]).float() for name in ("mean", "std"))
+        return mean, std
 
     def _fill_cache(self, batch):
         for index, view in enumerate(batch["pixel_views"]):
             if view not in self.cache:
-                # One image at a time, so that its latents do not depend on what else is in the batch.
                 moments = self.moments(batch["pixel_values"][index : index + 1])
                 self.cache[view] = torch.cat(moments)  # (2, C, h, w)
         if len(self.cache) == self.num_views and self.vae is not None:
