@@ -105,34 +105,37 @@ def merged_folders(args: argparse.Namespace, folders: dict[str, Path], seed: int
     return {label: output / label for label in labels}
 
 
-def measure(pipe, words: dict[str, str], seed: int, bases: dict[str, Base]) -> dict[str, float]:
+def measure(pipe, words: dict[str, str], seed: int) -> dict[str, float]:
     """Scores of what the pipeline has loaded, by its words for the concepts.
 
     Returns:
-        of each concept by its name, then in sentences that training never showed, then the means over the concepts of its
-        class's prior score (from half of the captions, by turns with the seed) and of leakage; 0 to 100.
+        of each concept: its score, 0 to 100, by its name; the same in sentences that training never showed; leakage; and the share
+        of its class's captions (half of them, by turns with the seed) that is drawn right, 0 to 1.
     """
-    row, rest = {}, []
+    row = {}
     for name, word in words.items():
         specs = class_specs(name)[seed % 2 :: 2]
+        others = [f"{sentence} {place}" for sentence, place in zip(cycle(OTHER_SENTENCES), places(2))]
         prompts = {
             name: [f"photo of a {word} {name} {place}" for place in places(2)],
-            f"{name}, other sentences": [
-                f"{sentence} {place}".format(f"{word} {name}")
-                for sentence, place in zip(cycle(OTHER_SENTENCES), places(2))
-            ],
-            "leakage": [f"photo of a {name} {place}" for place in places(1)],
-            "prior_class": [spec.caption() for spec in specs],
+            f"{name}, other sentences": [sentence.format(f"{word} {name}") for sentence in others],
+            f"{name}, leakage": [f"photo of a {name} {place}" for place in places(1)],
+            f"{name}, class": [spec.caption() for spec in specs],
         }
         images = iter(generate(pipe, [prompt for some in prompts.values() for prompt in some], seed))
         seen = {key: [see(image) for image in islice(images, len(some))] for key, some in prompts.items()}
-        scores = {key: 100 * float(np.mean([likeness(one, LOOKS[name]) for one in some])) for key, some in seen.items()}
-        scores["prior_class"] = rescaled_prior(share_right(seen["prior_class"], specs), bases[name])
-        rest.append({key: scores.pop(key) for key in ("prior_class", "leakage")})
-        row |= scores
-    return dict(sorted(row.items(), key=lambda one: "other" in one[0])) | {
-        key: float(np.mean([one[key] for one in rest])) for key in rest[0]
-    }
+        row |= {key: 100 * float(np.mean([likeness(one, LOOKS[name]) for one in some])) for key, some in seen.items()}
+        row[f"{name}, class"] = share_right(seen[f"{name}, class"], specs)
+    return row
+
+
+def row_of(kept: dict[str, float], bases: dict[str, Base]) -> dict[str, float]:
+    """A row of the table: both concepts' scores, then the means over them of what else was measured."""
+    names = [name for name in LOOKS if name in kept]
+    row = {name: kept[name] for name in names} | {key: kept[key] for key in kept if key.endswith("other sentences")}
+    row["prior_class"] = float(np.mean([rescaled_prior(kept[f"{name}, class"], bases[name]) for name in names]))
+    row["leakage"] = float(np.mean([kept[f"{name}, leakage"] for name in names]))
+    return row | {key: value for key, value in kept.items() if key.startswith("pairs: ")}
 
 
 def in_pairs(pipe, phrases: dict[str, str], seed: int) -> dict[str, float]:
@@ -141,42 +144,52 @@ def in_pairs(pipe, phrases: dict[str, str], seed: int) -> dict[str, float]:
     return {f"pairs: {key}": values[key] for key in ("pair", *FATES)}
 
 
-def of_folder(pipe, folder: Path, words: dict[str, str], seed: int, bases: dict[str, Base]) -> dict[str, float]:
+def of_folder(pipe, folder: Path, words: dict[str, str], seed: int) -> dict[str, float]:
     """`measure`, and with words for both concepts `in_pairs`, with a folder's weights."""
     load_custom_diffusion(pipe, folder)
-    row = measure(pipe, words, seed, bases)
+    row = measure(pipe, words, seed)
     if len(words) == len(LOOKS):
         row |= in_pairs(pipe, {name: f"{word} {name}" for name, word in words.items()}, seed)
     unload_custom_diffusion(pipe)
     return row
 
 
-def measure_seed(args: argparse.Namespace, pipe, seed: int, bases: dict[str, Base]) -> dict[str, dict]:
-    """Scores by what the weights are, kept as they come."""
-    kept = args.work_dir / "merged" / f"seed-{seed}-scores"
+def kept_folder(args: argparse.Namespace, seed: int) -> Path:
+    return args.work_dir / "merged" / f"seed-{seed}-scores"
+
+
+def measure_seed(args: argparse.Namespace, pipe, seed: int) -> dict[str, dict]:
+    """What was measured by what the weights are, kept as it comes."""
 
     def once(label, folder, words):
-        return runs.once(kept / f"{label}.json", lambda: of_folder(pipe, folder, words, seed, bases))
+        return runs.once(kept_folder(args, seed) / f"{label}.json", lambda: of_folder(pipe, folder, words, seed))
 
     apart = {name: trained(args, name, seed) for name in LOOKS}
-    described = {name: base.prompt for name, base in bases.items()}
     ones = [once(name, folder, {name: "<new1>"}) for name, folder in apart.items()]
-    rows = {
-        "best description": {name: base.score for name, base in bases.items()}
-        | runs.once(kept / "described.json", lambda: in_pairs(pipe, described, seed)),
-        "apart": {key: float(np.mean([one[key] for one in ones if key in one])) for key in ones[0] | ones[1]},
-        "in one run": once("joint", trained(args, runs.JOINT, seed), runs.WORDS),
-    }
+    rows = {"apart": ones[0] | ones[1], "in one run": once("joint", trained(args, runs.JOINT, seed), runs.WORDS)}
     for label, folder in merged_folders(args, apart, seed).items():
         rows[label] = once(label, folder, runs.WORDS)
     return rows
 
 
+def described(args: argparse.Namespace, pipe, seed: int, bases: dict[str, Base]) -> dict[str, float]:
+    """What the untrained model gets for the best descriptions in words."""
+    prompts = {name: base.prompt for name, base in bases.items()}
+    pairs = runs.once(kept_folder(args, seed) / "described.json", lambda: in_pairs(pipe, prompts, seed))
+    return {name: base.score for name, base in bases.items()} | pairs
+
+
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    bases, pipe = read_baselines(args.model), demo.load_pipeline(model=args.model)
-    seeds = [measure_seed(args, pipe, seed, bases) for seed in runs.seeds(args)]
+    pipe = demo.load_pipeline(model=args.model)
+    measured = {seed: measure_seed(args, pipe, seed) for seed in runs.seeds(args)}
+    bases = read_baselines(args.model)
+    seeds = [
+        {"best description": described(args, pipe, seed, bases)}
+        | {label: row_of(kept, bases) for label, kept in rows.items()}
+        for seed, rows in measured.items()
+    ]
     results = {label: runs.summary([rows[label] for rows in seeds]) for label in seeds[0]}
     runs.write_json(args.docs / "merging.json", {"seeds": len(seeds)} | results)
     keys = results["merged"]
