@@ -87,7 +87,7 @@ def authors_solution(
 
 def merged_folders(args: argparse.Namespace, folders: dict[str, Path], seed: int) -> dict[str, Path]:
     """By the way in which they were merged, from concepts trained apart."""
-    output = args.work_dir / "merged" / f"seed-{seed}"
+    output = args.work_dir / "merging" / f"seed-{seed}"
     if (output / "done.json").is_file():
         return {label: output / label for label in json.loads((output / "done.json").read_text())}
     captions = [runs.class_images(args.work_dir, name) for name in LOOKS]
@@ -155,7 +155,7 @@ def of_folder(pipe, folder: Path, words: dict[str, str], seed: int) -> dict[str,
 
 
 def kept_folder(args: argparse.Namespace, seed: int) -> Path:
-    return args.work_dir / "merged" / f"seed-{seed}-scores"
+    return args.work_dir / "merging" / f"seed-{seed}-scores"
 
 
 def measure_seed(args: argparse.Namespace, pipe, seed: int) -> dict[str, dict]:
