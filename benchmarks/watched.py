@@ -199,7 +199,7 @@ def begin_forked(log: str) -> None:
     """A process group of its own, and its output in a file."""
     multiprocessing.set_start_method("fork", force=True)  # for DataLoader's workers, as in any other process
     os.setsid()
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
 

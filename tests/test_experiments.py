@@ -93,9 +93,9 @@ def test_a_run_would_have_ended_where_its_curve_lies_still(tmp_path):
         (tmp_path / "curve.json").write_text(json.dumps({"learned": None, "points": points}))
         return stopping.stopping_step(tmp_path)
 
-    assert step_of(len(losses)) == 450
-    assert step_of(10) is None  # at its end anyway
-    assert step_of(9) is None
+    assert step_of(len(losses)) == 400
+    assert step_of(9) is None  # at its end anyway
+    assert step_of(8) is None
 
 
 def test_stopping_is_compared_run_by_run():

@@ -42,7 +42,7 @@ CONCEPT_LOSS, PRIOR_LOSS = "concept_loss", "prior_loss_held_out"
 SHARE, PASSES_PER_IMAGE = 0.045, 2
 CHUNK = 4  # images a forward pass, whatever the batch size and the number of processes, so that sums have one order
 ENOUGH = 80  # samples of each set: five photos at sixteen timesteps
-WINDOW, LEAST_FALL = 4, 0.1  # when the concept's loss counts as having stopped falling
+WINDOW, LEAST_FALL = 3, 0.05  # when the concept's loss counts as having stopped falling
 
 
 @dataclass(frozen=True)
