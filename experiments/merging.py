@@ -8,14 +8,17 @@ Prints the table of means with their standard errors, and writes docs/merging.js
 
 import argparse
 import json
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
 import runs  # finds the demo
 import torch
+import world
 from baselines import read as read_baselines
 from concept import FATES, LOOKS, Base, class_specs, pair_scores, places, rescaled_prior, share_right
+from diffusers import DDPMScheduler
 from judge import generate, likeness, see
 
 import demo
@@ -26,7 +29,9 @@ from custom_diffusion.model.text_features import add_tokens, text_features
 from custom_diffusion.weights.format import ConceptWeights, read_weights, write_weights
 from custom_diffusion.weights.low_rank import full_tensors
 
-OTHER_SENTENCES = ("a photo of {}", "{}", "a {}")  # than those of training
+SENTENCES = ("photo of a {}", "a photo of {}", "{}", "a {}")
+TIMESTEPS = (200, 450, 700, 900)
+OTHER_SENTENCES = SENTENCES[1:]  # than those of training
 
 
 def parse_args() -> argparse.Namespace:
@@ -129,12 +134,23 @@ def measure(pipe, words: dict[str, str], seed: int) -> dict[str, float]:
     return row
 
 
-def row_of(kept: dict[str, float], bases: dict[str, Base]) -> dict[str, float]:
-    """A row of the table: both concepts' scores, then the means over them of what else was measured."""
-    names = [name for name in LOOKS if name in kept]
-    row = {name: kept[name] for name in names} | {key: kept[key] for key in kept if key.endswith("other sentences")}
-    row["prior_class"] = float(np.mean([rescaled_prior(kept[f"{name}, class"], bases[name]) for name in names]))
-    row["leakage"] = float(np.mean([kept[f"{name}, leakage"] for name in names]))
+def row_of(
+    kept: dict[str, float], apart: dict[str, float], before: dict[str, float], bases: dict[str, Base]
+) -> dict[str, float]:
+    """A row of the table: both concepts' scores, then the means over them of what else was measured.
+
+    Args:
+        kept: what was measured of some weights. apart: of the concepts trained apart. before: the losses of the untrained model.
+    """
+    row = {name: kept[name] for name in LOOKS} | {key: kept[key] for key in kept if key.endswith("other sentences")}
+    row["prior_class"] = float(np.mean([rescaled_prior(kept[f"{name}, class"], bases[name]) for name in LOOKS]))
+    row["leakage"] = float(np.mean([kept[f"{name}, leakage"] for name in LOOKS]))
+    for name in LOOKS:
+        gain = before[name] - kept[f"{name}, loss"]
+        row[f"{name}, gain kept"] = 100 * gain / (before[name] - apart[f"{name}, loss"])
+    for kind in ("pair", "captions"):
+        if f"{kind}, loss" in kept:
+            row[f"{kind}, loss"] = 100 * (kept[f"{kind}, loss"] / before[kind] - 1)
     return row | {key: value for key, value in kept.items() if key.startswith("pairs: ")}
 
 
@@ -144,12 +160,68 @@ def in_pairs(pipe, phrases: dict[str, str], seed: int) -> dict[str, float]:
     return {f"pairs: {key}": values[key] for key in ("pair", *FATES)}
 
 
-def of_folder(pipe, folder: Path, words: dict[str, str], seed: int) -> dict[str, float]:
-    """`measure`, and with words for both concepts `in_pairs`, with a folder's weights."""
-    load_custom_diffusion(pipe, folder)
-    row = measure(pipe, words, seed)
-    if len(words) == len(LOOKS):
-        row |= in_pairs(pipe, {name: f"{word} {name}" for name, word in words.items()}, seed)
+def true_images(seed: int) -> dict[str, tuple[list[str], list[np.ndarray]]]:
+    """Captions and images of each concept, of both side by side, and of ordinary things, on every background."""
+    rng, found = np.random.default_rng(seed), {}
+    for name, look in LOOKS.items():
+        captions = [f"{sentence} on a {ground} background" for ground in world.BACKGROUNDS for sentence in SENTENCES]
+        things = [
+            replace(look, background=ground, **world.random_pose(rng))
+            for ground in world.BACKGROUNDS
+            for _ in SENTENCES
+        ]
+        phrase = "{" + name + "} " + name
+        found[name] = [caption.format(phrase) for caption in captions], [world.draw(thing) for thing in things]
+    captions, images = [], []
+    for i, ground in enumerate([*world.BACKGROUNDS] * 4):
+        order = [*LOOKS] if i % 2 == 0 else [*LOOKS][::-1]
+        both = (replace(LOOKS[name], background=ground) for name in order)
+        images.append(world.draw(*world.side_by_side(*both, rng)))
+        captions.append(
+            "photo of " + " and ".join("a {" + name + "} " + name for name in order) + f" on a {ground} background"
+        )
+    found["pair"] = captions, images
+    samples = [world.random_sample(rng) for _ in range(36)]
+    found["captions"] = [spec.caption() for _, spec in samples], [world.draw(thing) for thing, _ in samples]
+    return found
+
+
+@torch.no_grad()
+def losses(pipe, words: dict[str, str], seed: int) -> dict[str, float]:
+    """Mean squared error of what the UNet predicts for noised true images, by what they show; the same noise for all weights."""
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    random, row = torch.Generator().manual_seed(seed), {}
+    for kind, (captions, images) in true_images(seed).items():
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
+        latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+        errors = []
+        for timestep in TIMESTEPS:
+            noise, at = torch.randn(latents.shape, generator=random), torch.full((len(latents),), timestep)
+            if not all(name in words for name in LOOKS if any("{" + name + "}" in caption for caption in captions)):
+                continue
+            features, _ = pipe.encode_prompt([c.format(**words) for c in captions], "cpu", 1, False)
+            predicted = pipe.unet(scheduler.add_noise(latents, noise, at), at, encoder_hidden_states=features).sample
+            errors.append((predicted - scheduler.get_velocity(latents, noise, at)).square().mean().item())
+        if errors:
+            row[kind] = float(np.mean(errors))
+    return row
+
+
+def of_folder(pipe, folder: Path, words: dict[str, str], seed: int, file: Path) -> dict[str, float]:
+    """`measure`, and with words for both concepts `in_pairs`, with a folder's weights; kept in the file."""
+
+    def draw():
+        load_custom_diffusion(pipe, folder)
+        row = measure(pipe, words, seed)
+        if len(words) == len(LOOKS):
+            row |= in_pairs(pipe, {name: f"{word} {name}" for name, word in words.items()}, seed)
+        return row
+
+    def predict():
+        load_custom_diffusion(pipe, folder)
+        return {f"{kind}, loss": loss for kind, loss in losses(pipe, words, seed).items()}
+
+    row = runs.once(file.with_suffix(".losses.json"), predict) | runs.once(file, draw)
     unload_custom_diffusion(pipe)
     return row
 
@@ -161,14 +233,15 @@ def kept_folder(args: argparse.Namespace, seed: int) -> Path:
 def measure_seed(args: argparse.Namespace, pipe, seed: int) -> dict[str, dict]:
     """What was measured by what the weights are, kept as it comes."""
 
-    def once(label, folder, words):
-        return runs.once(kept_folder(args, seed) / f"{label}.json", lambda: of_folder(pipe, folder, words, seed))
+    def kept(label, folder, words):
+        return of_folder(pipe, folder, words, seed, kept_folder(args, seed) / f"{label}.json")
 
     apart = {name: trained(args, name, seed) for name in LOOKS}
-    ones = [once(name, folder, {name: "<new1>"}) for name, folder in apart.items()]
-    rows = {"apart": ones[0] | ones[1], "in one run": once("joint", trained(args, runs.JOINT, seed), runs.WORDS)}
+    ones = [kept(name, folder, {name: "<new1>"}) for name, folder in apart.items()]
+    rows = {"apart": ones[0] | ones[1], "in one run": kept("joint", trained(args, runs.JOINT, seed), runs.WORDS)}
+    rows["apart"]["captions, loss"] = float(np.mean([one["captions, loss"] for one in ones]))
     for label, folder in merged_folders(args, apart, seed).items():
-        rows[label] = once(label, folder, runs.WORDS)
+        rows[label] = kept(label, folder, runs.WORDS)
     return rows
 
 
@@ -184,10 +257,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     pipe = demo.load_pipeline(model=args.model)
     measured = {seed: measure_seed(args, pipe, seed) for seed in runs.seeds(args)}
+    before = {seed: losses(pipe, dict.fromkeys(LOOKS, "ktn"), seed) for seed in measured}
     bases = read_baselines(args.model)
     seeds = [
         {"best description": described(args, pipe, seed, bases)}
-        | {label: row_of(kept, bases) for label, kept in rows.items()}
+        | {label: row_of(kept, rows["apart"], before[seed], bases) for label, kept in rows.items()}
         for seed, rows in measured.items()
     ]
     results = {label: runs.summary([rows[label] for rows in seeds]) for label in seeds[0]}
