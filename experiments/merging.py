@@ -8,6 +8,7 @@ Prints the table of means with their standard errors, and writes docs/merging.js
 
 import argparse
 import json
+import shutil
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -25,8 +26,10 @@ import demo
 from custom_diffusion import load_custom_diffusion, merge, unload_custom_diffusion
 from custom_diffusion.model.loading import base_tensors, empty_unet, load_text
 from custom_diffusion.model.source import ModelSource
-from custom_diffusion.model.text_features import add_tokens, text_features
+from custom_diffusion.model.text_encoders import TextEncoders
+from custom_diffusion.model.text_features import add_tokens, position_weights, text_features
 from custom_diffusion.weights.format import ConceptWeights, read_weights, write_weights
+from custom_diffusion.weights.least_squares import report
 from custom_diffusion.weights.low_rank import full_tensors
 
 SENTENCES = ("photo of a {}", "a photo of {}", "{}", "a {}")
@@ -56,16 +59,13 @@ def write_other(
 
 
 def authors_solution(
-    args: argparse.Namespace, parts: list[dict], merged: ConceptWeights, captions: list[str]
+    text: TextEncoders, base: dict[str, torch.Tensor], parts: list[dict], captions: list[str]
 ) -> dict[str, torch.Tensor]:
     """Equations 4 and 5 as the authors' script applies them.
 
     Exact in "<new1> circle" and "a photo of <new1> circle", from the first word to the end token; the regularisation is 200
     captions without padding and without a ridge, each from the first word, or from the one behind "photo of a".
     """
-    source = ModelSource(str(args.model))
-    text = load_text(source, torch.device("cpu"))
-    add_tokens(text, merged.tokens)
 
     def rows(prompts):
         ids, features = text_features(text, prompts)
@@ -83,7 +83,7 @@ def authors_solution(
     c = torch.stack(constraints)
     d = torch.linalg.solve(ordinary.T @ ordinary, c.T).T
     solution = {}
-    for name, matrix in base_tensors(source, list(parts[0])).items():
+    for name, matrix in base.items():
         targets = torch.stack([row @ parts[number][name].double().T for row, number in zip(c, owner)])
         errors = targets.T - matrix.double() @ c.T
         solution[name] = (matrix.double() + errors @ torch.linalg.solve(d @ c.T, d)).float()
@@ -91,23 +91,52 @@ def authors_solution(
 
 
 def merged_folders(args: argparse.Namespace, folders: dict[str, Path], seed: int) -> dict[str, Path]:
-    """By the way in which they were merged, from concepts trained apart."""
+    """By the way in which they were merged, from concepts trained apart; what each has lost in the text lies beside it."""
     output = args.work_dir / "merging" / f"seed-{seed}"
-    if (output / "done.json").is_file():
-        return {label: output / label for label in json.loads((output / "done.json").read_text())}
+    labels = ("merged", "authors", "average")
+    if all((output / f"{label}.json").is_file() for label in labels):
+        return {label: output / label for label in labels}
+    shutil.rmtree(output, ignore_errors=True)
     captions = [runs.class_images(args.work_dir, name) for name in LOOKS]
     merge(list(folders.values()), captions=captions, model=str(args.model), output=output / "merged")
     merged, source = read_weights(output / "merged"), ModelSource(str(args.model))
     parts = [read_weights(folder) for folder in folders.values()]
-    base = base_tensors(source, parts[0].shapes())
+    base, text = base_tensors(source, parts[0].shapes()), load_text(source, torch.device("cpu"))
+    add_tokens(text, merged.tokens)
     whole = [full_tensors(part, base) for part in parts]
     lines = [line for folder in captions for line in (folder / "caption.txt").read_text().splitlines()]
-    write_other(args, authors_solution(args, whole, merged, lines), merged, output / "authors")
+    write_other(args, authors_solution(text, base, whole, lines), merged, output / "authors")
     average = {name: torch.stack([tensors[name] for tensors in whole]).mean(0) for name in base}
     write_other(args, average, merged, output / "average")
-    labels = ["merged", "authors", "average"]
-    runs.write_json(output / "done.json", labels)
+    for label in labels:
+        runs.write_json(output / f"{label}.json", lost(text, base, whole, read_weights(output / label).tensors))
     return {label: output / label for label in labels}
+
+
+def lost(text: TextEncoders, base: dict[str, torch.Tensor], parts: list[dict], merged: dict) -> dict[str, float]:
+    """Shares of the trained change, in the new words and all after them: means over matrices and concepts.
+
+    Returns:
+        in the prompt of training, in other sentences, with a background behind either, and in the padding of all these.
+    """
+    kinds = {
+        "prompt": SENTENCES[:1],
+        "other sentences": OTHER_SENTENCES,
+        "background": [
+            f"{sentence} on a {ground} background" for ground in world.BACKGROUNDS for sentence in SENTENCES
+        ],
+    }
+    shares = {}
+    for part, (name, word) in zip(parts, runs.WORDS.items()):
+        for kind, sentences in kinds.items():
+            ids, features = text_features(text, [sentence.format(f"{word} {name}") for sentence in sentences])
+            own = torch.tensor(text.tokenizers[0].convert_tokens_to_ids([word]))
+            weights = position_weights(ids, text.tokenizers[0].eos_token_id, own)
+            for place, where in ((kind, weights == 1), ("padding", (weights > 0) & (weights < 1))):
+                moments = features[where].T @ features[where]
+                told = [report(merged[n], base[n], [part[n]], [moments], moments).lost[0] for n in base]
+                shares.setdefault(f"lost, {place}", []).append(float(np.mean(told)))
+    return {place: float(np.mean(values)) for place, values in shares.items()}
 
 
 def measure(pipe, words: dict[str, str], seed: int) -> dict[str, float]:
@@ -151,7 +180,7 @@ def row_of(
     for kind in ("pair", "captions"):
         if f"{kind}, loss" in kept:
             row[f"{kind}, loss"] = 100 * (kept[f"{kind}, loss"] / before[kind] - 1)
-    return row | {key: value for key, value in kept.items() if key.startswith("pairs: ")}
+    return row | {key: value for key, value in kept.items() if key.startswith(("pairs: ", "lost, "))}
 
 
 def in_pairs(pipe, phrases: dict[str, str], seed: int) -> dict[str, float]:
@@ -241,7 +270,7 @@ def measure_seed(args: argparse.Namespace, pipe, seed: int) -> dict[str, dict]:
     rows = {"apart": ones[0] | ones[1], "in one run": kept("joint", trained(args, runs.JOINT, seed), runs.WORDS)}
     rows["apart"]["captions, loss"] = float(np.mean([one["captions, loss"] for one in ones]))
     for label, folder in merged_folders(args, apart, seed).items():
-        rows[label] = kept(label, folder, runs.WORDS)
+        rows[label] = kept(label, folder, runs.WORDS) | json.loads(folder.with_suffix(".json").read_text())
     return rows
 
 
