@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.complete
 OLDEST := .venv-oldest/bin
 # What must work on every version that requirements.txt admits.
-CORE := $(wildcard $(addprefix tests/test_,weights.py run.py checkpoints.py resuming.py export.py objective.py evaluate_metrics.py retrieve*.py hub.py versions.py))
+CORE := $(wildcard $(addprefix tests/test_,weights.py run.py checkpoints.py resuming.py export.py objective.py evaluate_metrics.py retrieve*.py hub.py versions.py single_file.py))
 # Beside torch, transformers, accelerate and tensorboard, which such machines have.
 WHEELS ?= diffusers importlib_metadata httpx bitsandbytes
 GPU_PYTHON ?= 3.12

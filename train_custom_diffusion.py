@@ -105,6 +105,7 @@ class Plan:
         weight_dtype: of all that is frozen, but for a VAE that would overflow.
         size: side of the images in pixels.
         latent_shape: (C, h, w).
+        input_channels: of the UNet, more than C for an inpainting model.
         images_per_sample: a photo, and with prior preservation a class image.
         samples_per_step: of an optimizer step, all processes and accumulated batches together.
         learning_rate: after --scale_lr.
@@ -115,6 +116,7 @@ class Plan:
     weight_dtype: torch.dtype
     size: int
     latent_shape: tuple[int, int, int]
+    input_channels: int
     images_per_sample: int
     samples_per_step: int
     learning_rate: float
@@ -304,6 +306,7 @@ def make_source(args):
         MODEL_FLAG,
         vae=args.pretrained_vae_model_name_or_path,
         prediction_type=args.prediction_type,
+        config_from=args.config_from,
     )
 
 
@@ -315,6 +318,8 @@ def check_flags_fit(args, concepts, plan, shape, tokenizers, device):
     if plan.size % shape.vae_factor:
         nearest = max(round(plan.size / shape.vae_factor), 1) * shape.vae_factor
         problems.append(f"--resolution: {plan.size} is not a multiple of {shape.vae_factor}; try {nearest}")
+    if args.cache_latents and shape.inpainting:
+        problems.append("--cache_latents: an inpainting model sees another hole in an image each time; leave it out")
     if args.cuda_graphs:
         problems += device_problems(device)
     earliest = 2 * WINDOW * args.validation_steps
@@ -339,6 +344,7 @@ def make_plan(args, shape, accelerator):
         weight_dtype=DTYPES[accelerator.mixed_precision],
         size=size,
         latent_shape=(shape.latent_channels, latent_size, latent_size),
+        input_channels=shape.input_channels,
         images_per_sample=images_per_sample,
         samples_per_step=samples_per_step,
         learning_rate=args.learning_rate * (samples_per_step * images_per_sample if args.scale_lr else 1),
@@ -355,6 +361,7 @@ def make_settings(args, concepts, plan, shape, accelerator):
         plan.samples_per_step,
         shape.configuration,
         plan.size,
+        shape.base_file,
     )
 
 
@@ -410,7 +417,7 @@ def record_cuda_graphs(args, model, plan):
     added = model.text.family.added_conditions(pooled, torch.zeros(1, 6))
     return RecordedUNet(
         model.unet,
-        (num_images, *plan.latent_shape),
+        (num_images, plan.input_channels, *plan.latent_shape[1:]),
         (num_images, *features.shape[1:]),
         {name: (num_images, *value.shape[1:]) for name, value in (added or {}).items()},
         features_need_grad=bool(plan.tokens),
@@ -434,6 +441,7 @@ def make_samples(args, concepts, plan, noise_scheduler):
         hflip=args.hflip,
         augment=not args.noaug,
         pool_size=args.augmentations_per_image if args.cache_latents else None,
+        inpainting=plan.input_channels > latent_channels,
     )
     photos = [(path, concept.instance_prompt) for concept in concepts for path in concept.photos()]
     return TrainingSamples(photos, class_image_files, settings)
@@ -476,7 +484,10 @@ def make_fixed_set(args, concepts, plan, samples, noise_scheduler, encoder, curv
     if curve.num_samples is None:
         curve.num_samples = affordable_samples(images_per_step, args.validation_steps, 2 if class_images else 1)
     photos = photos_to_measure(samples, plan.size, curve.num_samples)
-    return FixedSet(accelerator, noise_scheduler, encoder, photos, class_images, curve.num_samples)
+    inpainting = plan.input_channels > plan.latent_shape[0]
+    return FixedSet(
+        accelerator, noise_scheduler, encoder, photos, class_images, curve.num_samples, inpainting=inpainting
+    )
 
 
 def make_optimizer(args, parameters, learning_rate):
@@ -510,7 +521,7 @@ def make_run_folder(args, concepts, model, plan, settings, stateful):
         settings=settings,
         validation_prompt=args.validation_prompt,
         formats=("bin",) if args.no_safe_serialization else ("safetensors", "bin"),
-        probe={"prompt": concepts[0].instance_prompt, "latent_shape": (1, *plan.latent_shape)},
+        probe={"prompt": concepts[0].instance_prompt, "latent_shape": (1, plan.input_channels, *plan.latent_shape[1:])},
         total_limit=args.checkpoints_total_limit,
         stateful=stateful,
     )
@@ -555,6 +566,8 @@ def training_losses(model, batch, encoder, noise_scheduler, prior_loss_weight):
     latents = encoder(batch)
     noise, timesteps = batch["noise"], batch["timesteps"]
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    if "holes" in batch:  # an inpainting model
+        noisy_latents = torch.cat([noisy_latents, encoder.without_holes(batch)], dim=1)
     model_pred = model(noisy_latents, timesteps, batch["prompts"], batch["time_ids"])
     target = prediction_target(noise_scheduler, latents, noise, timesteps)
     return custom_diffusion_losses(model_pred, target, batch["mask"], prior_loss_weight)

@@ -315,7 +315,7 @@ def find_device(runner: Runner, cuda: bool) -> dict:
 
 def main():
     args, started = parse_args(), time.monotonic()
-    runner = Runner(args.work_dir / "logs", args.seconds)
+    runner = Runner(args.work_dir / "logs", args.seconds, patience=4 if args.tiny else 1)
     cuda = args.device == "cuda"
     found = find_device(runner, cuda)
     bench = Bench(runner, TINY if args.tiny else Size(), cuda, args.tiny, args.peer, args.work_dir)

@@ -30,10 +30,11 @@ class Runner:
     Args:
         folder: for logs and records.
         seconds: in which all must be done.
+        patience: what every limit is multiplied by, for slow machines.
     """
 
-    def __init__(self, folder: Path, seconds: float):
-        self.folder = folder
+    def __init__(self, folder: Path, seconds: float, patience: float = 1.0):
+        self.folder, self.patience = folder, patience
         folder.mkdir(parents=True, exist_ok=True)
         self._end = time.monotonic() + seconds
         self._number = 0
@@ -107,7 +108,7 @@ class Runner:
     def _limit(self, limit):
         if self.left() < 10:
             raise NoTime
-        return min(limit, self.left())
+        return min(limit * self.patience, self.left())
 
     def _place(self, name, suffix):
         self._number += 1

@@ -70,8 +70,10 @@ def watch_log(watch: Watch, record: dict, models: list) -> None:
     """Note time and memory whenever accelerate is given a step's numbers; profile some of the steps."""
     log, profiler = Accelerator.log, None
 
-    def noted(self, *args, **kwargs):
+    def noted(self, values, *args, **kwargs):
         nonlocal profiler
+        if "loss" not in values:  # of something else, between steps
+            return log(self, values, *args, **kwargs)
         steps = record["steps"]
         steps.append({"time": time.time()} | memory())
         if watch.profile and len(steps) == watch.profile:
@@ -83,7 +85,7 @@ def watch_log(watch: Watch, record: dict, models: list) -> None:
             profiler = None
         if models:
             record["moved"] = moved(*models)
-        return log(self, *args, **kwargs)
+        return log(self, values, *args, **kwargs)
 
     Accelerator.log = noted
 

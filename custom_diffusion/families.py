@@ -6,7 +6,7 @@ floor, because files, model, training and tools all ask it; torch is imported on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,10 @@ class Family:
         text_to_image, inpainting: its pipelines' class names in diffusers.
         pipeline_options: with which a pipeline is made of modules in memory: without a safety checker or watermark.
         options_of_model: which options the model's index gives.
+        tags: of a model card on the Hub.
+        lora_versions: by which A1111 (`ss_...`) and Forge (`modelspec...`) tell what model a LoRA is for, for each width of the
+            text features; under None for any other width. A1111 hides LoRAs of another model.
+        original_names: whether other programs' LoRAs name layers as the original layout does, not diffusers'.
     """
 
     name: str
@@ -56,6 +60,9 @@ class Family:
     inpainting: str
     pipeline_options: Mapping[str, object] = field(default_factory=dict)
     options_of_model: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    lora_versions: Mapping[int | None, Mapping[str, str]] = field(default_factory=dict)
+    original_names: bool = False
 
     @property
     def pools(self) -> bool:
@@ -90,6 +97,26 @@ class Family:
         """
         return {"text_embeds": pooled, "time_ids": time_ids} if self.pools else None
 
+    def words_code(self, tokens: Sequence[str], folder: str, suffix: str, read: Callable[[str], str]) -> list[str]:
+        """Python with which diffusers alone gives new words to `pipe`.
+
+        Args:
+            folder: or Hub id with a file for each, `<token><suffix>`.
+            read: file name -> an expression for what is in the file; where it has several rows, diffusers cannot read it.
+        """
+        if len(self.texts) == 1:
+            return [f"pipe.load_textual_inversion({folder!r}, weight_name={token + suffix!r})" for token in tokens]
+        lines = []
+        for token in tokens:
+            lines.append(f"rows = {read(token + suffix)}")
+            for text in self.texts:
+                given = f"rows[{text.key!r}], token={token!r}, tokenizer=pipe.{text.tokenizer}"
+                lines.append(f"pipe.load_textual_inversion({given}, text_encoder=pipe.{text.encoder})")
+        if tokens and self.pools:  # as `weights/end_token.py` does
+            last = self.texts[-1]
+            lines.append(f"pipe.{last.encoder}.text_model.eos_token_id = pipe.{last.tokenizer}.eos_token_id")
+        return lines
+
 
 STABLE_DIFFUSION = Family(
     name="Stable Diffusion",
@@ -101,6 +128,16 @@ STABLE_DIFFUSION = Family(
     text_to_image="StableDiffusionPipeline",
     inpainting="StableDiffusionInpaintPipeline",
     pipeline_options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    tags=("stable-diffusion",),
+    lora_versions={
+        # Forge would have to be told whether the model predicts velocities, which the weights do not say.
+        1024: {"ss_v2": "True", "ss_base_model_version": "sd_v2"},
+        None: {
+            "ss_v2": "False",
+            "ss_base_model_version": "sd_v1",
+            "modelspec.architecture": "stable-diffusion-v1/lora",
+        },
+    },
 )
 STABLE_DIFFUSION_XL = Family(
     name="Stable Diffusion XL",
@@ -116,11 +153,25 @@ STABLE_DIFFUSION_XL = Family(
     inpainting="StableDiffusionXLInpaintPipeline",
     pipeline_options={"add_watermarker": False},
     options_of_model=("force_zeros_for_empty_prompt",),
+    tags=("stable-diffusion-xl", "stable-diffusion-xl-diffusers"),
+    lora_versions={
+        None: {
+            "ss_v2": "False",
+            "ss_base_model_version": "sdxl_base_v1-0",
+            "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        }
+    },
+    original_names=True,
 )
 FAMILIES = (STABLE_DIFFUSION_XL, STABLE_DIFFUSION)  # those with more parts first
 # Number of text encoders -> the keys under which a new word's file holds its row for each.
 TOKEN_KEYS = {len(f.texts): tuple(text.key for text in f.texts) for f in FAMILIES if len(f.texts) > 1}
 SUPPORTED = "Stable Diffusion 1.x, 2.x and XL models are supported"
+
+
+def family_named(name: str | None) -> Family:
+    """The family that settings name. Settings that name none are of the first that there was."""
+    return next((family for family in FAMILIES if family.name == name), STABLE_DIFFUSION)
 
 
 def closest_family(parts: Mapping[str, object]) -> Family:

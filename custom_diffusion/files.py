@@ -25,8 +25,9 @@ CURVE_IMAGE, CURVE_VALUES = "curve.png", "curve.json"
 # What a checkpoint has beside them (`training/checkpoints.py`).
 MANIFEST_NAME = "checkpoint.json"
 STATE_NAME = "training_state.pt"
-# A model in the diffusers layout.
+# A model in the diffusers layout, and a LoRA as diffusers writes and looks for it.
 MODEL_INDEX = "model_index.json"
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 # Hidden names `.<name>.<random><suffix>`, of what is being written; complete, about to take its place; and to be replaced.
 PART, READY, REPLACED = ".custom-diffusion-part", ".custom-diffusion-ready", ".custom-diffusion-replaced"

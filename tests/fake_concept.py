@@ -1,5 +1,6 @@
 """A trained folder without a training run, and pictures drawn with it, for the tests of the tools."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from diffusers import DiffusionPipeline
 
 from custom_diffusion.__main__ import main
 from custom_diffusion.model.loading import base_tensors, empty_unet
-from custom_diffusion.model.source import ModelSource
+from custom_diffusion.model.source import ModelSource, read_index
 from custom_diffusion.weights.format import ConceptWeights, write_weights
 
 PROMPT = "photo of a <new1> cat"
@@ -39,7 +40,11 @@ def make_concept(
         "settings": {"learning_rate": 1e-5, "revision": None},
         "versions": {"torch": "2.13.0"},
     }
-    weights = ConceptWeights(tensors, {token: 10 * torch.randn(32, generator=random)}, config)
+    family, _ = read_index(source)
+    encoders = [json.loads((model / text.encoder / "config.json").read_text()) for text in family.texts]
+    widths = [encoder["hidden_size"] for encoder in encoders]
+    row = 10 * torch.randn(sum(widths), generator=random)
+    weights = ConceptWeights(tensors, {token: row}, config, token_widths=tuple(widths) if len(widths) > 1 else ())
     write_weights(folder, weights, unet, ("safetensors", "bin"))
     return weights
 

@@ -144,6 +144,10 @@ BAD = [
     (["generate", "--weights", "cat", "--prompt", "a", "--num_images", "2", "--output", "new/x.png"], "--output: 'new/x.png' is one file for 2"),
     (["generate", "--prompt", "a", "--output", "new/x.png"], "--weights: give trained weights, or a --model"),
     (["generate", "--model", "empty", "--prompt", "a", "--output", "new/x.png"], "--model: 'empty' has no model_index.json"),
+    (["generate", "--weights", "cat", "--prompt", "a", "--image", "file.txt", "--output", "new/x.png"], "--image, --mask: one is of no use"),
+    (["compress", "cat", "--output", "new", "--model", "file.ckpt"], "--model: 'file.ckpt' is no file that is there"),
+    (["compress", "cat", "--output", "new", "--config_from", "empty"], "--config_from: 'empty' has no model_index.json"),
+    (["merge", "cat", "cat", "--output", "new", "--model", "me/base", "--config_from", "me/base"], "--config_from: is for a --model that is a single file"),
     (["export", "cat", "--to", "lora", "--output", "full"], "--output: folder 'full' is not empty"),
     (["export", "cat", "--to", "lora", "--output", "new", "--rank", "0"], "--rank: 0 must be 1 or more"),
     (["export", "cat", "--to", "pipeline", "--output", "new", "--rank", "4"], "--rank: has no meaning with --to pipeline"),
@@ -180,7 +184,7 @@ def test_disk_trouble_is_one_line_and_leaves_nothing(folders, tmp_path, monkeypa
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("custom_diffusion.weights.format._save_safetensors", full)
+    monkeypatch.setattr("custom_diffusion.weights.format.save_tensors", full)
     with pytest.raises(SystemExit) as end:
         run_tool("compress", folders / "cat", "--output", tmp_path / "x")
     assert end.value.code == 1 and "error: [Errno 28] No space left on device" in capsys.readouterr().err

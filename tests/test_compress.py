@@ -36,7 +36,7 @@ def known_change(values):
 
 
 def test_energy_is_a_share_of_the_sum_of_singular_values():
-    parts = decompose({"x": known_change([6.0, 2.0, 1.0, 1.0])})["x"]
+    parts = decompose(known_change([6.0, 2.0, 1.0, 1.0]))
     assert [parts.rank_for(share, power=1) for share in (0.1, 0.59, 0.61, 0.79, 0.81, 1)] == [1, 1, 2, 2, 3, 7]
     assert [parts.rank_for(share, power=2) for share in (0.85, 0.86, 0.96)] == [1, 2, 3]  # squares: 36, 4, 1, 1 of 42
     assert parts.kept(2) == pytest.approx(40 / 42)
@@ -56,7 +56,7 @@ def test_ranks_are_summed_up():
 
 def test_truncation_is_the_nearest_matrix_of_its_rank():
     delta = known_change([6.0, 2.0, 1.0, 1.0])
-    parts = decompose({"x": delta})["x"]
+    parts = decompose(delta)
     assert (parts.left.shape, parts.values.shape, parts.right.shape) == ((9, 7), (7,), (7, 7))
     kept = parts.truncated(2)
     error = torch.linalg.svdvals(delta - kept.up @ kept.down)
@@ -65,7 +65,7 @@ def test_truncation_is_the_nearest_matrix_of_its_rank():
 
 
 def test_no_change_compresses_to_no_change():
-    parts = decompose({"x": torch.zeros(4, 3)})["x"]
+    parts = decompose(torch.zeros(4, 3))
     assert parts.rank_for(0.6, power=1) == 1 and torch.equal(parts.truncated(1).matrix(), torch.zeros(4, 3))
     assert parts.kept(1) == 1
 
@@ -116,7 +116,7 @@ def test_is_smaller_and_keeps_what_it_says(concept, tiny_model, tmp_path, capsys
     assert torch.equal(small.tokens["<new1>"], full.tokens["<new1>"])
     assert {delta.up.shape[1] for delta in small.deltas.values()} == {2}
     base = base_tensors(ModelSource(str(tiny_model)), full.shapes())
-    for name, delta in changes(full, base).items():
+    for name, delta in changes(full, base):
         values = torch.linalg.svdvals(delta)
         error = (delta - small.deltas[name].matrix()).norm()
         assert error == pytest.approx(values[2:].norm().item(), rel=1e-3)
@@ -186,3 +186,17 @@ def test_damaged_file_is_named(concept, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"custom_diffusion_deltas.safetensors' is damaged"):
         read_weights(tmp_path / "small")
+
+
+def test_words_of_two_text_encoders_stay_apart(tiny_xl_model, tmp_path):
+    full = make_concept(tmp_path / "full", tiny_xl_model)
+    run(tmp_path / "full", tmp_path / "small", "--energy", "0.999")
+    small = read_weights(tmp_path / "small")
+    assert small.token_widths == (32, 40) and len(small.deltas) == len(full.tensors)
+    assert torch.equal(small.tokens["<new1>"], full.tokens["<new1>"])
+    pipe = open_pipeline(tiny_xl_model)
+    base = draw(pipe)
+    load_custom_diffusion(pipe, tmp_path / "full")
+    expected = draw(pipe)
+    load_custom_diffusion(pipe, tmp_path / "small")
+    assert abs(draw(pipe) - expected).mean() < 0.1 * abs(base - expected).mean()

@@ -2,6 +2,8 @@
 
 import os
 import re
+import resource
+import signal
 import stat
 
 import pytest
@@ -14,7 +16,7 @@ from custom_diffusion import export, load_custom_diffusion
 from custom_diffusion.errors import InputError
 from custom_diffusion.model.loading import base_tensors
 from custom_diffusion.model.source import ModelSource
-from custom_diffusion.tools.export import LORA_FILE, embedding_names
+from custom_diffusion.tools.export import LORA_FILE, embedding_names, original_name
 from custom_diffusion.weights.format import ConceptWeights, read_weights
 
 
@@ -251,3 +253,76 @@ def test_flags_that_make_no_sense(concept, tmp_path, capsys, flags, expected):
     with pytest.raises(SystemExit):
         run_tool("export", concept, "--to", "lora")
     assert "the following arguments are required: --output" in capsys.readouterr().err
+
+
+# Two text encoders
+
+
+@pytest.fixture(scope="module")
+def xl_concept(tiny_xl_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("xl") / "concept"
+    make_concept(folder, tiny_xl_model)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def xl_picture(xl_concept, tiny_xl_model):
+    pipe = open_pipeline(tiny_xl_model)
+    base = draw(pipe)
+    load_custom_diffusion(pipe, xl_concept)
+    image = draw(pipe)
+    assert abs(image - base).max() > 10
+    return image
+
+
+def test_lora_and_words_of_two_text_encoders_draw_the_same(xl_concept, xl_picture, tiny_xl_model, tmp_path):
+    """By the very code that the command prints."""
+    told = export(xl_concept, to="lora", output=tmp_path / "lora", share=1.0)
+    pipe = open_pipeline(tiny_xl_model)
+    exec(told.split("change; ")[1].replace("; ", "\n"), {"pipe": pipe, "safetensors": safetensors})
+    assert abs(draw(pipe) - xl_picture).max() < 1
+
+
+def test_names_are_those_of_the_original_layout(xl_concept, tmp_path):
+    """What A1111 and kohya's programs call the layers of SDXL, whose blocks have two resnets each."""
+    names = {
+        "down_blocks.1.attentions.0": "input_blocks.4.1", "down_blocks.1.attentions.1": "input_blocks.5.1",
+        "down_blocks.2.attentions.0": "input_blocks.7.1", "down_blocks.2.attentions.1": "input_blocks.8.1",
+        "mid_block.attentions.0": "middle_block.1",
+        **{f"up_blocks.{b}.attentions.{a}": f"output_blocks.{3 * b + a}.1" for b in (0, 1) for a in (0, 1, 2)},
+    }  # fmt: skip
+    layer = "transformer_blocks.9.attn2.to_k"
+    for name, original in names.items():
+        assert original_name(f"{name}.{layer}", layers_per_block=2) == f"{original}.{layer}"
+    folder = run(xl_concept, tmp_path / "cat-xl", "--to", "a1111")
+    lora, metadata = open_lora(folder / "Lora" / "cat-xl.safetensors")
+    blocks = {re.fullmatch(r"lora_unet_(\w+)_transformer_blocks_[01]_attn2_to_[kv]\.\S+", key).group(1) for key in lora}
+    assert blocks == {"input_blocks_3_1", "middle_block_1", "output_blocks_0_1", "output_blocks_1_1"}
+    assert metadata == {
+        "format": "pt", "ss_network_module": "networks.lora", "ss_v2": "False",
+        "ss_base_model_version": "sdxl_base_v1-0", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+    }  # fmt: skip
+    rows = safetensors.torch.load_file(folder / "embeddings" / "new1.safetensors")
+    assert {key: tuple(row.shape) for key, row in rows.items()} == {"clip_l": (1, 32), "clip_g": (1, 40)}
+    assert torch.equal(torch.cat([rows["clip_l"], rows["clip_g"]], dim=1)[0], read_weights(xl_concept).tokens["<new1>"])
+
+
+def test_whole_pipeline_with_two_text_encoders(xl_concept, xl_picture, tmp_path):
+    run(xl_concept, tmp_path / "model", "--to", "pipeline")
+    assert abs(draw(open_pipeline(tmp_path / "model")) - xl_picture).max() < 1
+
+
+@pytest.mark.parametrize("to", ["lora", "a1111", "pipeline"])
+def test_a_full_disk_is_one_line(to, concept, tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as end:
+            run(concept, tmp_path / "new", "--to", to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert end.value.code == 1
+    assert "custom-diffusion export: error: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,9 +1,11 @@
 """Drawing from a shell."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from fake_concept import PROMPT, make_concept, open_pipeline, run_tool
 from PIL import Image
@@ -107,3 +109,31 @@ def test_a_base_model_that_has_gone_is_not_blamed_on_the_hub(tiny_model, tmp_pat
     with pytest.raises(SystemExit):
         run_tool("generate", "--weights", tmp_path / "cat", "--prompt", "a", "--output", tmp_path / "x.png")
     assert "--model: the weights were trained on '/gone/model', which is not there" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def overflowing(tiny_xl_model, tmp_path_factory):
+    """A concept of a model whose VAE, like SDXL's, makes larger numbers than fp16 can hold."""
+    folder = tmp_path_factory.mktemp("xl")
+    model = shutil.copytree(tiny_xl_model, folder / "model")
+    file = model / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors["decoder.conv_in.weight"] *= 1e5
+    assert tensors["decoder.conv_in.weight"].abs().max() < 65504  # it can itself be held
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    make_concept(folder / "cat", model)
+    return model, folder / "cat"
+
+
+def test_a_vae_that_overflows_decodes_in_full_precision(overflowing, tmp_path):
+    model, concept = overflowing
+    flags = ("--prompt", PROMPT, "--num_inference_steps", 1, "--negative_prompt", "a pot")
+    run_tool("generate", "--weights", concept, "--precision", "fp16", "--output", tmp_path / "half.png", *flags)
+    pipe = open_pipeline(model)
+    load_custom_diffusion(pipe, concept)
+    random = torch.Generator().manual_seed(42)
+    image = pipe(PROMPT, negative_prompt="a pot", num_inference_steps=1, guidance_scale=6.0, generator=random).images[0]
+    assert np.abs(pixels(tmp_path / "half.png") - np.asarray(image)).mean() < 2
+    pipe.vae.half().register_to_config(force_upcast=False)
+    black = pipe(PROMPT, num_inference_steps=1, generator=random).images[0]
+    assert np.asarray(black).max() == 0  # what it would be otherwise

@@ -11,6 +11,7 @@ PACKAGE = ROOT / "custom_diffusion"
 # From the ground up. What stands on one floor does not import its neighbours.
 FLOORS = [
     {"errors", "files", "families", "images", "class_folder", "progress"},
+    {"single_file"},
     {"cli", "retrieval", "weights"},
     {"model"},
     {"training", "evaluation"},

@@ -11,7 +11,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from fake_concept import run_tool
+from fake_concept import make_concept, run_tool
 from hub_server import READ_TOKEN, TOKEN, HubServer
 from launch import PLAIN, ROOT, run
 from PIL import Image
@@ -177,6 +177,37 @@ assert card.data.base_model == "tester/base"
     assert result.returncode == 0, result.stderr
     plain, base = (float(line.split()[1]) for line in result.stdout.splitlines())
     assert plain < 1 < base  # diffusers' own loader agrees to a grey level; without the weights it is another picture
+
+
+def test_two_text_encoders_are_shared_and_drawn_by_the_card(server, tiny_xl_model, tmp_path):
+    """By its own code, and by diffusers alone."""
+    files = {p.relative_to(tiny_xl_model).as_posix(): p.read_bytes() for p in tiny_xl_model.rglob("*") if p.is_file()}
+    server.repositories["tester/xl"] = files
+    make_concept(tmp_path / "xl-cat", tiny_xl_model)
+    path = tmp_path / "xl-cat" / "custom_diffusion_config.json"
+    config = json.loads(path.read_text()) | {"base_model": "tester/xl", "settings": {"resolution": 64}}
+    path.write_text(json.dumps(config))
+    code = f"""
+import re, numpy
+from custom_diffusion import share
+from huggingface_hub import RepoCard
+assert share({str(tmp_path / "xl-cat")!r})
+card = RepoCard.load("tester/xl-cat")
+assert "stable-diffusion-xl" in card.data.tags and "stable-diffusion" not in card.data.tags
+assert "5 optimizer steps on images of 64 x 64 pixels." in card.text
+ours, plain = re.findall("```python\\n(.*?)```", card.text, re.S)
+ours = ours.replace("torch.float16", "torch.float32").replace("'cuda'", "'cpu'").replace("=100", "=2")
+ours = ours.replace("guidance_scale", "generator=torch.Generator().manual_seed(0), output_type='np', guidance_scale")
+images, loading = [], "load_custom_diffusion(pipe, 'tester/xl-cat')"
+for code in (ours, ours.replace(loading, plain), ours.replace(loading, "")):
+    exec(code, names := {{}})
+    images.append(names["image"])
+print("differences", abs(images[0] - images[1]).max() * 255, abs(images[0] - images[2]).max() * 255)
+"""
+    result = in_client(server, tmp_path / "cache", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    plain, base = map(float, result.stdout.split("differences ")[1].split())
+    assert plain < 1 < base
 
 
 def make_trained_folder(folder, config=CONFIG):
@@ -367,7 +398,8 @@ def test_training_command_keeps_everything_but_the_token(given, monkeypatch):
 def test_training_command_names_no_place_on_this_computer(joined, short, monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     places = ["pretrained_model_name_or_path", "instance_data_dir", "class_data_dir", "concepts_list", "output_dir",
-              "logging_dir", "tokenizer_name", "pretrained_vae_model_name_or_path", "resume_from_checkpoint"]  # fmt: skip
+              "logging_dir", "tokenizer_name", "pretrained_vae_model_name_or_path", "config_from",
+              "resume_from_checkpoint"]  # fmt: skip
     argv, expected = ["/home/mary/train_custom_diffusion.py"], ["python", "train_custom_diffusion.py"]
     for name in places:
         flag = f"--{name[:-1] if short else name}"

@@ -1,5 +1,7 @@
 """What a folder holds, told in lines."""
 
+import json
+
 from fake_concept import make_concept, run_tool
 
 
@@ -39,3 +41,13 @@ def test_tells_of_compression(tiny_model, tmp_path, capsys):
     run_tool("compress", tmp_path / "cat", "--output", tmp_path / "small", "--rank", 3)
     capsys.readouterr()
     assert told(tmp_path / "small", capsys)["compressed"] == "rank 3"
+
+
+def test_tells_of_two_text_encoders(tiny_xl_model, tmp_path, capsys):
+    weights = make_concept(tmp_path / "cat", tiny_xl_model)
+    lines = told(tmp_path / "cat", capsys)
+    assert lines["tokens"] == "<new1> (32 + 40 values)"
+    assert lines["method"] == f"crossattn_kv: to_k, to_v of {len(weights.tensors) // 2} cross-attentions"
+    config = tmp_path / "cat" / "custom_diffusion_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"family": "Stable Diffusion XL"}))
+    assert told(tmp_path / "cat", capsys)["family"] == "Stable Diffusion XL"

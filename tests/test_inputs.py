@@ -2,16 +2,18 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import launch
 import pytest
 import torch
+from fake_concept import run_tool
 from PIL import Image
 from safetensors.torch import save_file
 
 from custom_diffusion.cli.training_flags import parse_args
 from custom_diffusion.errors import InputError
-from custom_diffusion.files import WEIGHTS_NAME
+from custom_diffusion.files import LORA_FILE, MODEL_INDEX, WEIGHTS_NAME
 from custom_diffusion.model.loading import load_tokenizer
 from custom_diffusion.model.source import ModelSource, check_model
 from custom_diffusion.model.tokens import token_problems
@@ -101,6 +103,8 @@ FLAGS = [
     ({"push_to_hub": True, "hub_token": "x", "hub_model_id": "a/b/c"}, "--hub_model_id: 'a/b/c' cannot be a repository"),
     ({"pretrained_model_name_or_path": "photos/0.jpg"}, "--pretrained_model_name_or_path: 'photos/0.jpg' is a file"),
     ({"pretrained_model_name_or_path": "photos"}, "--pretrained_model_name_or_path: 'photos' is not a diffusers model"),
+    ({"pretrained_model_name_or_path": "nowhere.safetensors"}, "'nowhere.safetensors' is no file that is there"),
+    ({"config_from": "me/base"}, "--config_from: is for a --pretrained_model_name_or_path that is a single file, which '"),
     ({"pretrained_model_name_or_path": "./nowhere"}, "--pretrained_model_name_or_path: folder './nowhere' does not exist"),
     ({"real_prior": False, "class_data_dir": "photos"}, "--class_data_dir: 'photos' holds photos"),
     ({"real_prior": False, "class_data_dir": "photos/0.jpg"}, "--class_data_dir: 'photos/0.jpg' is a file"),
@@ -116,6 +120,50 @@ def test_flags(changes, expected, desk, tmp_path, capsys, monkeypatch):
     (line,) = problems_of(desk | changes, capsys)
     assert expected.replace("{desk}", str(tmp_path)) in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["class", "photos"]
+
+
+SOMETHING_ELSE = {
+    "old.ckpt": ("", "is a pickle, which can run code"),
+    "x.safetensors": ("<html>", "is damaged (it does not begin as a safetensors file does)"),
+    f"lora/{LORA_FILE}": ("", "is a LoRA; Stable Diffusion 1.x, 2.x and XL models are supported"),
+    "control/config.json": (
+        '{"_class_name": "ControlNetModel"}',
+        "is a single part of a model, ControlNetModel; Stable",
+    ),
+    "text/config.json": ('{"architectures": ["CLIPTextModel"]}', "is a single part of a model, CLIPTextModel; Stable"),
+    f"cat/{WEIGHTS_NAME}.bin": ("", "is a trained folder of Custom Diffusion, not the model it was trained on; Stable"),
+    "broken/config.json": ("[]", f"no {MODEL_INDEX}"),
+}
+
+
+@pytest.mark.parametrize("door", ["train", "generate"])
+@pytest.mark.parametrize(
+    ("name", "content", "expected"), [(n, *v) for n, v in SOMETHING_ELSE.items()], ids=SOMETHING_ELSE
+)
+def test_a_model_that_is_something_else(door, name, content, expected, desk, capsys):
+    Path(name).parent.mkdir(exist_ok=True)
+    Path(name).write_text(content)
+    model = name.split("/")[0]
+    if door == "train":
+        (line,) = problems_of(desk | {"pretrained_model_name_or_path": model}, capsys)
+    else:
+        with pytest.raises(SystemExit):
+            run_tool("generate", "--model", model, "--prompt", "a", "--output", "x.png")
+        (line,) = capsys.readouterr().err.splitlines()
+    assert f": '{model}' " in line and expected in line
+
+
+def test_flags_that_a_single_file_does_not_take(desk, capsys):
+    save_file({"x": torch.zeros(1)}, "x.safetensors")
+    given = {
+        "pretrained_model_name_or_path": "x.safetensors",
+        "revision": "v1",
+        "variant": "fp16",
+        "config_from": "photos",
+    }
+    lines = problems_of(desk | given, capsys)
+    assert [line.split(":")[0] for line in lines] == ["--revision", "--variant", MODEL_FLAG, "--config_from"]
+    assert f"'photos' has no {MODEL_INDEX}" in lines[3]
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "all"])
@@ -320,7 +368,7 @@ MODELS = {
             "vae": ["diffusers", "AutoencoderKL"]})), "is a FluxPipeline; Stable Diffusion 1.x, 2.x and XL"),
     "other conditions": (
         lambda m: edit(m / "unet" / "config.json", addition_embed_type="text_time"), "takes conditions that a"),
-    "inpainting": (lambda m: edit(m / "unet" / "config.json", in_channels=9), "takes 9 input channels"),
+    "depth-to-image": (lambda m: edit(m / "unet" / "config.json", in_channels=5), "takes 5 input channels"),
     "other width": (lambda m: edit(m / "unet" / "config.json", cross_attention_dim=48), "of another width"),
     "other noise": (
         lambda m: edit(m / "scheduler" / "scheduler_config.json", _class_name="EDMDPMSolverMultistepScheduler"),

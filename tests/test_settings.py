@@ -12,7 +12,7 @@ from custom_diffusion.training.settings import check_resumable, run_settings, we
 
 # Recorded under their own name, at least where they matter: the last three with a schedule, or with a pool of latents.
 COURSE = {
-    "pretrained_model_name_or_path", "revision", "variant", "tokenizer_name", "freeze_model", "initializer_token",
+    "pretrained_model_name_or_path", "config_from", "revision", "variant", "tokenizer_name", "freeze_model", "initializer_token",
     "pretrained_vae_model_name_or_path", "prediction_type",
     "with_prior_preservation", "real_prior", "prior_loss_weight", "num_class_images", "resolution", "center_crop", "hflip",
     "noaug", "seed", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2",
@@ -46,7 +46,7 @@ def test_every_flag_is_known_as_part_of_the_course_or_not():
 
 def test_the_settings_hold_the_course_and_nothing_else():
     recorded = settings("--lr_scheduler", "cosine", "--cache_latents")
-    follows = {"samples_per_step", "model_configuration", "modifier_tokens", "concepts"}
+    follows = {"samples_per_step", "model_configuration", "modifier_tokens", "concepts", "base_file"}
     assert recorded.keys() == COURSE | follows
 
 
@@ -114,7 +114,7 @@ def test_what_is_handed_on_has_all_settings_but_the_names_of_photos(tmp_path):
     assert versions == {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
     told = [{"instance_prompt": "a <new1> cat", "class_prompt": None, "num_photos": 3}]
     assert config == {
-        "base_model": "me/base", "revision": "v1", "variant": "fp16", "family": "Stable Diffusion",
+        "base_model": "me/base", "config_from": None, "base_file": None, "inpainting": False, "revision": "v1", "variant": "fp16", "family": "Stable Diffusion",
         "freeze_model": "crossattn_kv",
         "modifier_tokens": ["<new1>"], "concepts": told, "steps": 7, "validation_prompt": "a <new1> cat in a bucket",
         "settings": recorded | {"concepts": told},
@@ -139,3 +139,34 @@ def test_older_checkpoints_compare_the_flags_behind_what_they_lack():
     assert told[1].startswith("the base model moved") and "was 'moved' in the checkpoint and is 'base' now" in told[1]
     with pytest.raises(ValueError, match="its model, 'base', has other configuration files"):
         check_resumable(now | {"model_configuration": "other"}, now, pytest.fail)
+
+
+ONE = {"name": "one.safetensors", "size": 10, "header_sha256": "a" * 64}
+
+
+def test_a_single_file_is_recorded_with_its_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.safetensors").touch()
+    args = build_parser().parse_args(["--pretrained_model_name_or_path", "one.safetensors", "--config_from", "me/base"])
+    recorded = run_settings(args, CONCEPTS, ["<new1>"], "no", 4, "digest", 512, ONE)
+    config = weights_config(recorded, 7, None, "Stable Diffusion", inpainting=True)
+    assert (
+        config["base_model"] == str(tmp_path / "one.safetensors") == config["settings"]["pretrained_model_name_or_path"]
+    )
+    assert (config["config_from"], config["base_file"], config["inpainting"]) == ("me/base", ONE, True)
+
+
+@pytest.mark.parametrize("other", [{"size": 11}, {"header_sha256": "b" * 64}])
+def test_a_run_does_not_go_on_with_another_file(other):
+    before = settings() | {"base_file": ONE}
+    with pytest.raises(
+        ValueError, match=r"its model was another file \('one.safetensors', 10 bytes, header aaaaaaaaaaaa"
+    ):
+        check_resumable(before, before | {"base_file": ONE | other}, pytest.fail)
+
+
+@pytest.mark.parametrize("other", [None, ONE | {"name": "renamed.safetensors"}])
+def test_a_run_goes_on_with_the_same_model_in_another_file(other):
+    before = settings() | {"base_file": ONE}
+    check_resumable(before, before | {"base_file": other}, pytest.fail)
+    check_resumable(before | {"base_file": other}, before, pytest.fail)

@@ -1,9 +1,13 @@
 """The trained folder in real pipelines: ours and diffusers' loader, half precision, offloading, LoRA, undoing."""
 
 import copy
+import errno
 import json
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,13 +21,21 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
+from launch import ROOT
 from peft import LoraConfig
 from tiny import make_model
 
 from custom_diffusion import load_custom_diffusion, unload_custom_diffusion
 from custom_diffusion.files import WEIGHTS_NAME
 from custom_diffusion.model.attention import TRAINED_PROJECTIONS
-from custom_diffusion.weights.format import ConceptWeights, cross_attention_names, read_weights, write_weights
+from custom_diffusion.weights.format import (
+    ConceptWeights,
+    cross_attention_names,
+    read_weights,
+    save_state,
+    save_tensors,
+    write_weights,
+)
 
 PROMPT = "photo of a <new1> cat"
 
@@ -596,3 +608,55 @@ def test_scale_blends_between_the_base_model_and_what_was_trained(tiny_model, fu
         assert all(torch.equal(blended[name], end[name]) for name in before if name.startswith("unet."))
     unload_custom_diffusion(pipeline)
     assert_same_state(state_of(pipeline), before)
+
+
+# Files, written tensor by tensor
+
+
+def test_files_are_those_of_the_library(tmp_path):
+    random = torch.Generator().manual_seed(0)
+    state = {
+        "b": torch.randn(3, 5, generator=random), "a": torch.randn(7, generator=random).half(), "\u00e4": torch.zeros(0),
+        "alpha": torch.tensor(4.0), "c": torch.randn(4, 6, generator=random).T, "d": torch.ones(3).bfloat16(),
+        "e": torch.ones(2, dtype=torch.float64),
+    }  # fmt: skip
+    save_tensors(state, tmp_path / "ours", {"format": "pt"})
+    with safetensors.safe_open(tmp_path / "ours", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert set(file.keys()) == set(state)
+    read = safetensors.torch.load_file(tmp_path / "ours")
+    assert all(read[name].dtype == t.dtype and torch.equal(read[name], t) for name, t in state.items())
+    library = safetensors.torch.save({n: t.contiguous() for n, t in state.items()}, metadata={"format": "pt"})
+    assert (tmp_path / "ours").stat().st_size == len(library)
+
+
+def test_states_are_those_of_torch(tmp_path):
+    state = {"optimizer": {"state": {0: {"exp_avg": torch.ones(3), "step": torch.tensor(4.0)}}, "lr": 0.1}}
+    save_state(state, tmp_path / "state.pt")
+    read = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert read["optimizer"]["lr"] == 0.1 and torch.equal(read["optimizer"]["state"][0]["exp_avg"], torch.ones(3))
+
+
+@pytest.mark.parametrize("save", [save_tensors, save_state])
+def test_a_full_disk_says_so(save):
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        save({"x": torch.zeros(1_000_000)}, Path("/dev/full"))
+    assert raised.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("save", ["save_tensors", "save_state"])
+def test_nothing_is_held_twice_while_it_is_written(save, tmp_path):
+    """200 MB in a process that may take only 60 MB more."""
+    code = f"""
+import resource, sys, torch
+from pathlib import Path
+from custom_diffusion.weights.format import {save}
+state = {{str(n): torch.ones(2_500_000) for n in range(20)}}
+taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + 60_000_000, taken + 60_000_000))
+{save}(state, Path(sys.argv[1]))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "file")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "file").stat().st_size > 200_000_000

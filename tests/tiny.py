@@ -9,7 +9,9 @@ from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
     EulerDiscreteScheduler,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -48,8 +50,13 @@ def make_tokenizer(folder: Path, **options) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder, model_max_length=16, **options)
 
 
-def make_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0, width: int = 32) -> Path:
-    """A random model of SD's architecture: 64 px, latents 16 x 16, six attentions, all in the diffusers layout."""
+def make_model(
+    folder: Path, prediction_type: str = "epsilon", seed: int = 0, width: int = 32, *, in_channels: int = 4
+) -> Path:
+    """A random model of SD's architecture: 64 px, latents 16 x 16, six attentions, all in the diffusers layout.
+
+    With 9 input channels it is an inpainting model.
+    """
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(folder / "tokenizer")
     text_encoder = CLIPTextModel(
@@ -60,7 +67,7 @@ def make_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0, wi
         )
     )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
+        sample_size=16, in_channels=in_channels, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=width, attention_head_dim=4, norm_num_groups=8,
     )  # fmt: skip
@@ -68,7 +75,7 @@ def make_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0, wi
     # Random attention is nearly uniform; sharper text features make prompts matter as they do in a real model.
     with torch.no_grad():
         text_encoder.get_input_embeddings().weight.mul_(20)
-    pipeline = StableDiffusionPipeline(
+    pipeline = (StableDiffusionInpaintPipeline if in_channels == 9 else StableDiffusionPipeline)(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
         scheduler=DDPMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type,
@@ -88,7 +95,7 @@ def make_vae(**options) -> AutoencoderKL:
     )  # fmt: skip
 
 
-def make_xl_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+def make_xl_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0, *, in_channels: int = 4) -> Path:
     """A random model of SDXL's architecture: 64 px, latents 16 x 16, seven attentions, text encoders of 32 and 40 values.
 
     As in SDXL itself, the second tokenizer pads with "!", and the text encoders' configuration names 2 as the end token.
@@ -106,7 +113,7 @@ def make_xl_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0)
         for kind, width, activation in ((CLIPTextModel, 32, "quick_gelu"), (CLIPTextModelWithProjection, 40, "gelu"))
     ]  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
+        sample_size=16, in_channels=in_channels, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2), use_linear_projection=True, cross_attention_dim=72,
         attention_head_dim=(4, 8), norm_num_groups=8, addition_embed_type="text_time", addition_time_embed_dim=8,
@@ -115,7 +122,7 @@ def make_xl_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0)
     with torch.no_grad():
         for encoder in encoders:
             encoder.get_input_embeddings().weight.mul_(20)
-    pipeline = StableDiffusionXLPipeline(
+    pipeline = (StableDiffusionXLInpaintPipeline if in_channels == 9 else StableDiffusionXLPipeline)(
         vae=make_vae(scaling_factor=0.13025), text_encoder=encoders[0], text_encoder_2=encoders[1],
         tokenizer=tokenizers[0], tokenizer_2=tokenizers[1], unet=unet,
         scheduler=EulerDiscreteScheduler(

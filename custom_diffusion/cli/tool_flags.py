@@ -7,10 +7,19 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from custom_diffusion.cli.base_model import (
+    cannot_be_hub_id,
+    config_problems,
+    needless_config_problems,
+    single_file_problems,
+    what_folder_is,
+)
 from custom_diffusion.cli.report import exit_with_problems
 from custom_diffusion.cli.versions import version_problems
 from custom_diffusion.errors import InputError
+from custom_diffusion.families import SUPPORTED
 from custom_diffusion.files import MODEL_INDEX, WEIGHTS_FILES
+from custom_diffusion.single_file import is_single_file
 
 
 def add_tool(tools, name: str, tool: ModuleType) -> None:
@@ -53,9 +62,15 @@ def run_tool(program: str, tool: ModuleType, args: argparse.Namespace) -> None:
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Which base model the weights belong to."""
-    parser.add_argument("--model", help="base model, folder or Hub id (default: the one the weights were trained on)")
+    parser.add_argument(
+        "--model", help="base model: folder, Hub id or .safetensors file (default: the one the weights were trained on)"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of --model on the Hub")
     parser.add_argument("--variant", help="variant of --model's weight files, for example fp16")
+    parser.add_argument(
+        "--config_from",
+        help="folder or Hub id whose configuration and tokenizers belong to a single file (default: its family's own)",
+    )
 
 
 def weights_problems(flag: str, path: str) -> list[str]:
@@ -73,22 +88,24 @@ def weights_problems(flag: str, path: str) -> list[str]:
 
 
 def model_problems(args: argparse.Namespace) -> list[str]:
-    """A line if `--model` can be neither a diffusers folder nor a Hub id."""
+    """A line if `--model` can be neither a diffusers folder, nor a Hub id, nor a model in one file."""
     if args.model is None:
-        return [
+        # The weights may name a single file, whose configuration is now elsewhere.
+        return config_problems(args.config_from) + [
             f"--{name}: needs --model; give both or neither" for name in ("revision", "variant") if getattr(args, name)
         ]
-    folder = Path(args.model)
+    if is_single_file(args.model):
+        return single_file_problems("--model", args.model, args)
+    problems, folder = needless_config_problems("--model", args.model, args), Path(args.model)
     if folder.is_dir() and not (folder / MODEL_INDEX).is_file():
-        return [f"--model: '{args.model}' has no {MODEL_INDEX}; give a model in the diffusers layout"]
-    if not folder.is_dir() and cannot_be_hub_id(args.model):
-        return [f"--model: folder '{args.model}' does not exist; give a folder with {MODEL_INDEX} or a Hub id"]
-    return []
-
-
-def cannot_be_hub_id(path: str) -> bool:
-    """Whether this can only be a place on this computer."""
-    return not path or path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
+        what = what_folder_is(folder)
+        reason = (
+            f"has no {MODEL_INDEX}; give a model in the diffusers layout" if what is None else f"is {what}; {SUPPORTED}"
+        )
+        problems.append(f"--model: '{args.model}' {reason}")
+    elif not folder.is_dir() and cannot_be_hub_id(args.model):
+        problems.append(f"--model: folder '{args.model}' does not exist; give a folder with {MODEL_INDEX} or a Hub id")
+    return problems
 
 
 def output_folder_problems(path: str) -> list[str]:

@@ -6,10 +6,13 @@ import math
 import os
 from pathlib import Path
 
+from custom_diffusion.cli.base_model import needless_config_problems, single_file_problems, what_folder_is
 from custom_diffusion.cli.concepts import folder_problems
 from custom_diffusion.cli.versions import version_problems
 from custom_diffusion.errors import first_line
+from custom_diffusion.families import SUPPORTED
 from custom_diffusion.files import MODEL_INDEX, find_checkpoint, is_recoverable, list_checkpoints
+from custom_diffusion.single_file import is_single_file
 
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}  # name -> module to install
 POSITIVE = [
@@ -127,13 +130,16 @@ def _model_problems(args):
     path = Path(name).expanduser()
     if not name.strip():
         return [f"{flag}: is empty; give a folder with {MODEL_INDEX} or a Hub id"]
-    if path.is_file():
-        return [f"{flag}: '{name}' is a file; give a folder in the diffusers layout, with {MODEL_INDEX}, or a Hub id"]
+    if is_single_file(name):
+        return single_file_problems(flag, name, args)
+    problems = needless_config_problems(flag, name, args)
     if path.is_dir() and not (path / MODEL_INDEX).is_file():
-        return [f"{flag}: '{name}' is not a diffusers model, it has no {MODEL_INDEX}; give its folder or a Hub id"]
-    if not path.exists() and name.startswith(("/", ".", "~")):
-        return [f"{flag}: folder '{name}' does not exist; give a folder with {MODEL_INDEX} or a Hub id"]
-    return []
+        what = what_folder_is(path)
+        reason = f"not a diffusers model, it has no {MODEL_INDEX}; give its folder or a Hub id"
+        problems.append(f"{flag}: '{name}' is {reason if what is None else f'{what}; {SUPPORTED}'}")
+    elif not path.exists() and name.startswith(("/", ".", "~")):
+        problems.append(f"{flag}: folder '{name}' does not exist; give a folder with {MODEL_INDEX} or a Hub id")
+    return problems
 
 
 def _vae_problems(args):

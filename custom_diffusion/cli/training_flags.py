@@ -50,7 +50,11 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--pretrained_model_name_or_path",
         required=True,
-        help="Folder or Hub id of a Stable Diffusion 1.x, 2.x or XL model.",
+        help="Folder, Hub id or .safetensors file of a Stable Diffusion 1.x, 2.x or XL model.",
+    )
+    add(
+        "--config_from",
+        help="Folder or Hub id whose configuration and tokenizers belong to a single file (default: its family's own).",
     )
     add("--revision", help="Branch, tag or commit of the model on the Hub.")
     add("--variant", help="Variant of the model's weight files, for example fp16.")

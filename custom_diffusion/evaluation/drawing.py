@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from custom_diffusion.errors import InputError, first_line
 from custom_diffusion.evaluation.prompts import MOST_IMAGES
 from custom_diffusion.files import recover, whole_file
+from custom_diffusion.model.inpainting import all_hole
 from custom_diffusion.model.loading import load_pipeline
 from custom_diffusion.model.source import ModelSource
 from custom_diffusion.weights.format import ConceptWeights
@@ -118,13 +119,15 @@ def open_pipeline(source: ModelSource, dtype: torch.dtype) -> DiffusionPipeline:
 def draw(pipe: DiffusionPipeline, image: Wanted) -> None:
     """Draw one image and write it with its note."""
     note = image.note
+    size = note["resolution"]
     drawn = pipe(
         note["prompt"],
         num_inference_steps=note["num_inference_steps"],
         guidance_scale=note["guidance_scale"],
-        height=note["resolution"],
-        width=note["resolution"],
+        height=size,
+        width=size,
         generator=torch.Generator().manual_seed(note["seed"]),  # on the CPU: the same noise whatever the device
+        **all_hole(pipe, size, size),
     ).images[0]
     text = PngInfo()
     text.add_itxt(NOTE, json.dumps(note))

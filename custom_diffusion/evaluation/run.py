@@ -67,10 +67,10 @@ def evaluate_subjects(
     num_images: int,
     class_images: str | Path | None,
     seed: int,
-    source: tuple[str | None, str | None, str | None],
+    source: tuple[str | None, str | None, str | None, str | None],
     **settings,
 ) -> list[dict]:
-    """As `custom_diffusion.evaluate`; `source`: its model, revision and variant, `settings`: the other fields of `Drawing`."""
+    """As `custom_diffusion.evaluate`; `source`: its model, revision, variant and config_from, `settings`: the other fields of `Drawing`."""
     templates = [template for template in read_prompts(prompts) for _ in range(num_images)]
     photo_files = find_photos(photos)
     class_files, captions = _class_images(class_images, len(templates))

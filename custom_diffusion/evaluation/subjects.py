@@ -66,14 +66,18 @@ def _trained(given, number, concept):
 
 
 def common_base(
-    subjects: Sequence[Subject], model: str | None, revision: str | None, variant: str | None
+    subjects: Sequence[Subject],
+    model: str | None,
+    revision: str | None,
+    variant: str | None,
+    config_from: str | None = None,
 ) -> ModelSource:
     """The base model of all subjects. Raises InputError if they name several, or none."""
     sources = {}
     for subject in subjects:
         if subject.weights is not None or model is not None:
             config = {} if subject.weights is None else subject.weights.config
-            sources.setdefault(base_of(config, model, revision, variant), subject.name)
+            sources.setdefault(base_of(config, model, revision, variant, config_from), subject.name)
     if not sources:
         raise InputError("weights: give trained weights, or a --model to score")
     if len(sources) > 1:

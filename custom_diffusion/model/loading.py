@@ -2,8 +2,10 @@
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
@@ -14,7 +16,16 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from custom_diffusion.errors import InputError, first_line, warn
 from custom_diffusion.families import STABLE_DIFFUSION, Family, TextPart
 from custom_diffusion.files import MODEL_INDEX
-from custom_diffusion.model.source import VAE_FLAG, ModelSource, read_index, read_vae_config, unet_files
+from custom_diffusion.model.inpainting import paints_holes
+from custom_diffusion.model.original_layout import text_encoder_tensors, unet_from, unet_tensors, vae_from
+from custom_diffusion.model.source import (
+    VAE_FLAG,
+    ModelSource,
+    read_index,
+    read_unet_config,
+    read_vae_config,
+    unet_files,
+)
 from custom_diffusion.model.text_encoders import TextEncoders
 from custom_diffusion.weights.format import ConceptWeights
 
@@ -31,11 +42,12 @@ def load_tokenizers(source: ModelSource, family: Family) -> list[PreTrainedToken
 
 def load_tokenizer(source: ModelSource, part: TextPart = FIRST_TEXT) -> PreTrainedTokenizerBase:
     """Raises InputError if there is none. `source.tokenizer` stands for the first of several."""
-    path, subfolder, flag = source.path, part.tokenizer, source.flag
+    config = source.described_by
+    path, subfolder, flag = config.path, part.tokenizer, config.flag
     if source.tokenizer and part.tokenizer == FIRST_TEXT.tokenizer:
         path, subfolder, flag = source.tokenizer, "", "--tokenizer_name"
     try:
-        return AutoTokenizer.from_pretrained(path, subfolder=subfolder, revision=source.revision)
+        return AutoTokenizer.from_pretrained(path, subfolder=subfolder, revision=config.revision)
     except Exception as error:  # as in `ModelSource.reading`
         raise InputError(f"{flag}: '{path}' has no {part.tokenizer} that can be read ({first_line(error)})") from None
 
@@ -67,14 +79,16 @@ def load_text_encoder(source: ModelSource, device: torch.device, part: TextPart 
     Raises:
         InputError: it cannot be loaded, or lacks weights: transformers would only warn of that, and leave them random.
     """
+    encoder_class, config = getattr(transformers, part.class_name), source.described_by
+    place = {"subfolder": part.encoder, "revision": config.revision}
     with source.reading(NO_WEIGHTS):
-        text_encoder, report = getattr(transformers, part.class_name).from_pretrained(
-            source.path,
-            subfolder=part.encoder,
-            revision=source.revision,
-            variant=source.variant,
-            device_map=straight_to(device),
-            output_loading_info=True,
+        if source.file is None:
+            options = place | {"variant": source.variant, "device_map": straight_to(device)}
+        else:
+            own = encoder_class.config_class.from_pretrained(config.path, **place)
+            options = {"config": own, "state_dict": text_encoder_tensors(source.file, part.encoder, own)}
+        text_encoder, report = encoder_class.from_pretrained(
+            source.path if source.file is None else None, output_loading_info=True, **options
         )
         if missing := report["missing_keys"]:
             raise ValueError(
@@ -82,11 +96,14 @@ def load_text_encoder(source: ModelSource, device: torch.device, part: TextPart 
                 "saved by transformers 5.6 or newer may need it to be read: pip install --upgrade transformers"
             )
     # Not by an argument: older versions of transformers call it `torch_dtype`, newer ones `dtype`.
-    return text_encoder.float().eval()
+    return text_encoder.float().to(device).eval()
 
 
 def load_unet(source: ModelSource, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
     """In `dtype`, but for the cross-attention, which training may start from and which stays float32."""
+    if source.file is not None:
+        full = _UNetWithFullCrossAttention.keeps_full
+        return lay_out(_unet_from_file(source, device, lambda name: torch.float32 if full(name) else dtype))
     with source.reading(NO_WEIGHTS):
         unet = _UNetWithFullCrossAttention.from_pretrained(
             source.path,
@@ -99,8 +116,19 @@ def load_unet(source: ModelSource, dtype: torch.dtype, device: torch.device) -> 
     return lay_out(unet)
 
 
+def _unet_from_file(source, device, dtype_of):
+    config = read_unet_config(source)
+    with source.reading(NO_WEIGHTS):
+        return unet_from(source.file.path, config, device, dtype_of)
+
+
 class _UNetWithFullCrossAttention(UNet2DConditionModel):
     _keep_in_fp32_modules = ["attn2"]  # noqa: RUF012 (diffusers reads it as a class attribute)
+
+    @classmethod
+    def keeps_full(cls, name: str) -> bool:
+        """Whether a parameter of this name stays float32."""
+        return not set(cls._keep_in_fp32_modules).isdisjoint(name.split("."))
 
 
 def vae_dtype(source: ModelSource, dtype: torch.dtype) -> torch.dtype:
@@ -114,7 +142,11 @@ def vae_dtype(source: ModelSource, dtype: torch.dtype) -> torch.dtype:
 def load_vae(source: ModelSource, dtype: torch.dtype, device: torch.device, *, again: bool = False) -> AutoencoderKL:
     """The whole VAE, frozen, on the device. `again` takes what was downloaded before, and does not ask the Hub."""
     options = {"torch_dtype": dtype, "local_files_only": again, "device_map": straight_to(device)}
-    if source.vae is None:
+    if source.vae is None and source.file is not None:
+        config = read_vae_config(source, local_files_only=again)
+        with source.reading(NO_WEIGHTS):
+            vae = vae_from(source.file.path, config, device, dtype)
+    elif source.vae is None:
         place = {"subfolder": "vae", "revision": source.revision, "variant": source.variant}
         with source.reading(NO_WEIGHTS):
             vae = AutoencoderKL.from_pretrained(source.path, **place, **options)
@@ -149,6 +181,8 @@ def lay_out(module: nn.Module) -> nn.Module:
 def load_pipeline(source: ModelSource, dtype: torch.dtype, *, safety_checker: bool = True) -> DiffusionPipeline:
     """The model as a pipeline, on the CPU, with the VAE and the prediction type that `source` names.
 
+    An inpainting model becomes an inpainting pipeline. A single file brings no safety checker.
+
     Args:
         safety_checker: False leaves out the one that the model may bring.
     Raises:
@@ -156,35 +190,37 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype, *, safety_checker: bo
     """
     family, _ = read_index(source)
     cpu = torch.device("cpu")
+    inpainting = paints_holes(read_unet_config(source))
     parts = {part.encoder: load_text_encoder(source, cpu, part).to(dtype) for part in family.texts}
-    if source.vae is not None:
-        if Path(source.vae).is_absolute() and not Path(source.vae).is_dir():
-            warn(f"the weights were trained with the VAE '{source.vae}', which is not there; the model's own is used")
-        else:
-            parts["vae"] = load_vae(source, dtype, cpu)
+    if source.vae is not None and Path(source.vae).is_absolute() and not Path(source.vae).is_dir():
+        warn(f"the weights were trained with the VAE '{source.vae}', which is not there; the model's own is used")
+        source = replace(source, vae=None)
+    if source.vae is not None or source.file is not None:
+        parts["vae"] = load_vae(source, dtype, cpu)
+    if source.file is not None:
+        parts["unet"] = _unet_from_file(source, cpu, lambda _: dtype)
     if not safety_checker and "safety_checker" in family.pipeline_options:
         parts["safety_checker"] = None
     with source.reading(NOT_A_MODEL), warnings.catch_warnings():
         # `dtype`, which newer versions of diffusers ask for instead, is unknown to the older ones.
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
-        pipe = DiffusionPipeline.from_pretrained(
-            source.path,
-            torch_dtype=dtype,
-            revision=source.revision,
-            variant=source.variant,
-            **parts,
-        )
-        if source.prediction_type is not None:
-            pipe.scheduler = type(pipe.scheduler).from_config(
-                pipe.scheduler.config, prediction_type=source.prediction_type
+        if source.file is not None:
+            pipeline_class = getattr(diffusers, family.inpainting if inpainting else family.text_to_image)
+            pipe = pipeline_class.from_single_file(str(source.file.path), config=source.described_by.path, **parts)
+        else:
+            pipeline_class = getattr(diffusers, family.inpainting) if inpainting else DiffusionPipeline
+            pipe = pipeline_class.from_pretrained(
+                source.path, torch_dtype=dtype, revision=source.revision, variant=source.variant, **parts
             )
+        if source.schedule:
+            pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **source.schedule)
     return pipe
 
 
 def empty_unet(source: ModelSource) -> UNet2DConditionModel:
     """The UNet's modules and shapes without its weights. Raises InputError if it has no configuration."""
+    config = read_unet_config(source)
     with source.reading(NOT_A_MODEL), torch.device("meta"):
-        config = UNet2DConditionModel.load_config(source.path, subfolder="unet", revision=source.revision)
         return UNet2DConditionModel.from_config(config)
 
 
@@ -211,6 +247,11 @@ def base_tensors(source: ModelSource, names: Iterable[str]) -> dict[str, torch.T
     Raises:
         InputError: the file cannot be read, or lacks a name.
     """
+    if source.file is not None:
+        config = read_unet_config(source)
+        with source.reading(NOT_A_MODEL):
+            own = unet_tensors(source.file.path, config)
+            return {name: own[name].float() for name in names}
     with source.reading(NOT_A_MODEL):
         tensors = {}
         for path, wanted in unet_files(source, list(names)).items():

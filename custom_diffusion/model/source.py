@@ -5,18 +5,23 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig
 
-from custom_diffusion.errors import InputError, first_line
-from custom_diffusion.families import SUPPORTED, Family, family_of, what_it_is
+from custom_diffusion.errors import InputError, first_line, warn
+from custom_diffusion.families import SUPPORTED, Family, closest_family, family_of, what_it_is
 from custom_diffusion.files import MODEL_INDEX
+from custom_diffusion.model.inpainting import paints_holes
+from custom_diffusion.model.original_layout import check_unet, repository
+from custom_diffusion.single_file import SingleFile, is_single_file, model_in
 
 UNET_FILE = "diffusion_pytorch_model"
 VAE_FLAG = "--pretrained_vae_model_name_or_path"
+CONFIG_FLAG = "--config_from"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 OTHER_NOISE = (
     "EDM",
@@ -27,7 +32,7 @@ NOT_DIFFUSERS = f"cannot be read as a diffusers model ({{reason}}); give a folde
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model's folder or Hub id, and which version of it.
+    """A model's folder, Hub id or single file, and which version of it.
 
     Attributes:
         tokenizer: another (first) tokenizer's folder or Hub id.
@@ -35,6 +40,7 @@ class ModelSource:
         asked: the user named it now; if not, the weights do.
         vae: another VAE's folder or Hub id.
         prediction_type: what the UNet predicts, if not what the model's scheduler says.
+        config_from: folder or Hub id that has the configuration, tokenizers and schedule of a single file.
     """
 
     path: str
@@ -45,6 +51,42 @@ class ModelSource:
     asked: bool = True
     vae: str | None = None
     prediction_type: str | None = None
+    config_from: str | None = None
+
+    @cached_property
+    def file(self) -> SingleFile | None:
+        """The header of a single file, None for a folder or Hub id. Raises InputError if it is no model that is supported."""
+        if not is_single_file(self.path):
+            return None
+        try:
+            return model_in(self.path)
+        except ValueError as error:
+            raise InputError(f"{self.flag}: '{self.path}' {error}") from None
+
+    @property
+    def described_by(self) -> "ModelSource":
+        """Where the configuration, tokenizers and schedule are: the model itself, or for a single file another."""
+        file = self.file
+        if file is None:
+            return self
+        asked = self.asked or self.config_from is None
+        return ModelSource(self.config_from or repository(file), flag=CONFIG_FLAG, asked=asked)
+
+    @property
+    def schedule(self) -> dict:
+        """What stands for values of the scheduler's configuration."""
+        said = {} if self.file is None else self.file.schedule
+        return said if self.prediction_type is None else said | {"prediction_type": self.prediction_type}
+
+    def recorded(self) -> dict:
+        """What the settings of a trained folder say of its base model."""
+        return {
+            "base_model": wherever_called_from(self.path),
+            "revision": self.revision,
+            "variant": self.variant,
+            "config_from": wherever_called_from(self.config_from),
+            "base_file": None if self.file is None else self.file.identity(),
+        }
 
     @contextmanager
     def reading(self, says: str) -> Iterator[None]:
@@ -59,13 +101,21 @@ class ModelSource:
             raise InputError(f"{self.flag}: '{self.path}'{named} {says.format(reason=first_line(error))}") from None
 
 
-def base_of(config: dict, model: str | None, revision: str | None, variant: str | None) -> ModelSource:
+def wherever_called_from(place: str | None) -> str | None:
+    """The absolute path of a folder or file; a Hub id, or None, as it is."""
+    return str(Path(place).expanduser().resolve()) if place and Path(place).expanduser().exists() else place
+
+
+def base_of(
+    config: dict, model: str | None, revision: str | None, variant: str | None, config_from: str | None = None
+) -> ModelSource:
     """The model that `--model` names, or else the one that the weights' settings name.
 
-    Either is drawn with as it was trained: with the VAE and the prediction type of the settings, where they name any.
+    Either is drawn with as it was trained: with the VAE and the prediction type of the settings, where they name any. A single
+    file that is not the one of the settings is told of.
 
     Raises:
-        InputError: neither says which it is.
+        InputError: neither says which it is, or what the settings name is gone, or is another file now.
     """
     settings = config.get("settings", {})
     trained_as = {
@@ -73,15 +123,48 @@ def base_of(config: dict, model: str | None, revision: str | None, variant: str 
         "prediction_type": settings.get("prediction_type"),
     }
     if model is not None:
-        return ModelSource(model, revision, variant, **trained_as)
+        if is_single_file(model):
+            trained_as["config_from"] = config_from or _config_of(config)
+        source = ModelSource(model, revision, variant, **trained_as)
+        _check_file(config, source)
+        return source
     base = config.get("base_model")
     if not base:
         raise InputError("--model: the weights do not say which model they were trained on; give it")
-    if Path(base).is_absolute() and not Path(base).is_dir():
+    if Path(base).is_absolute() and not Path(base).exists():
         raise InputError(
             f"--model: the weights were trained on '{base}', which is not there; say where the model is now"
         )
-    return ModelSource(base, config.get("revision"), config.get("variant"), asked=False, **trained_as)
+    if is_single_file(base):
+        trained_as["config_from"] = config_from or _config_of(config)
+    source = ModelSource(base, config.get("revision"), config.get("variant"), asked=False, **trained_as)
+    _check_file(config, source)
+    return source
+
+
+def _config_of(config):
+    """What the weights' single file was described by, if it can be had."""
+    described_by = config.get("config_from")
+    if described_by and Path(described_by).is_absolute() and not Path(described_by).is_dir():
+        warn(
+            f"the configuration was taken from '{described_by}', which is not there; that of the file's family is used"
+        )
+        return None
+    return described_by
+
+
+def _check_file(config, source):
+    """A single file must be the one that the weights were trained on, or the user must have named it."""
+    recorded, file = config.get("base_file"), source.file
+    if not recorded or file is None or file.identity() | {"name": None} == recorded | {"name": None}:
+        return
+    line = (
+        f"'{source.path}' is not the file that the weights were trained on, '{recorded['name']}' of "
+        f"{recorded['size']:,} bytes (SHA-256 of its header {recorded['header_sha256'][:12]}...)"
+    )
+    if not source.asked:
+        raise InputError(f"--model: {line}; say where that one is now")
+    warn(line)
 
 
 @dataclass(frozen=True)
@@ -91,13 +174,21 @@ class ModelShape:
     Attributes:
         configuration: a digest of them, which tells the model wherever it lies.
         pipeline_options: what a pipeline over modules in memory is made with.
+        base_file: what tells a single file from others (`SingleFile.identity`), else None.
     """
 
     family: Family
+    inpainting: bool
     vae_factor: int
     latent_channels: int
     configuration: str
     pipeline_options: dict
+    base_file: dict | None
+
+    @property
+    def input_channels(self) -> int:
+        """The UNet's: noisy latents, and for an inpainting model the mask and the latents of the image without its hole."""
+        return 2 * self.latent_channels + 1 if self.inpainting else self.latent_channels
 
 
 def read_index(source: ModelSource) -> tuple[Family, dict]:
@@ -106,11 +197,14 @@ def read_index(source: ModelSource) -> tuple[Family, dict]:
     Raises:
         InputError: there is none, or it is of a model that is not supported.
     """
-    with source.reading(NOT_DIFFUSERS):
-        index = DiffusionPipeline.load_config(source.path, revision=source.revision)
+    config = source.described_by
+    with config.reading(NOT_DIFFUSERS):
+        index = DiffusionPipeline.load_config(config.path, revision=config.revision)
     family = family_of(index)
     if family is None:
-        raise InputError(f"{source.flag}: '{source.path}' is {what_it_is(index)}; {SUPPORTED}")
+        raise InputError(f"{config.flag}: '{config.path}' is {what_it_is(index)}; {SUPPORTED}")
+    if source.file is not None and (own := closest_family(source.file.parts)) is not family:
+        raise InputError(f"{config.flag}: '{config.path}' is a {family.name} model, '{source.path}' a {own.name} model")
     return family, index
 
 
@@ -121,25 +215,24 @@ def check_model(source: ModelSource) -> tuple[ModelShape, DDPMScheduler]:
         InputError: it is no model of the families that are supported, in the diffusers layout.
     """
     family, index = read_index(source)
-    read = {"revision": source.revision}
-    prediction = {} if source.prediction_type is None else {"prediction_type": source.prediction_type}
-    with source.reading(NOT_DIFFUSERS):
-        unet = UNet2DConditionModel.load_config(source.path, subfolder="unet", **read)
-        own_vae = read_vae_config(replace(source, vae=None))
-        scheduler = DDPMScheduler.from_pretrained(source.path, subfolder="scheduler", **read, **prediction)
+    unet, own_vae = read_unet_config(source), read_vae_config(replace(source, vae=None))
+    config = source.described_by
+    place, read = config.path, {"revision": config.revision}
+    with config.reading(NOT_DIFFUSERS):
+        scheduler = DDPMScheduler.from_pretrained(place, subfolder="scheduler", **read, **source.schedule)
         widths = [
-            AutoConfig.from_pretrained(source.path, subfolder=text.encoder, **read).hidden_size for text in family.texts
+            AutoConfig.from_pretrained(place, subfolder=text.encoder, **read).hidden_size for text in family.texts
         ]
         # As the files have them: what a library adds to them differs from version to version.
         text_files = [
-            PretrainedConfig.get_config_dict(source.path, subfolder=text.encoder, **read)[0] for text in family.texts
+            PretrainedConfig.get_config_dict(place, subfolder=text.encoder, **read)[0] for text in family.texts
         ]
-        scheduler_file = DDPMScheduler.load_config(source.path, subfolder="scheduler", **read)
+        scheduler_file = DDPMScheduler.load_config(place, subfolder="scheduler", **read)
     vae = read_vae_config(source)
     where = f"{source.flag}: '{source.path}'"
-    problems = _weight_file_problems(source, family)
-    if unet["in_channels"] != own_vae["latent_channels"]:
-        problems.append(f"{where} takes {unet['in_channels']} input channels; use a text-to-image model")
+    problems = _weight_file_problems(source, family) if source.file is None else _single_file_problems(source, unet)
+    if unet["in_channels"] != own_vae["latent_channels"] and not paints_holes(unet):
+        problems.append(f"{where} takes {unet['in_channels']} input channels; use a text-to-image or inpainting model")
     if unet["cross_attention_dim"] != sum(widths):
         encoders = "text encoder makes" if len(widths) == 1 else "text encoders make"
         problems.append(f"{where}: its UNet expects text features of another width than its {encoders}")
@@ -155,19 +248,33 @@ def check_model(source: ModelSource) -> tuple[ModelShape, DDPMScheduler]:
         raise InputError(*problems)
     shape = ModelShape(
         family=family,
+        inpainting=paints_holes(unet),
         vae_factor=vae_factor(vae),
         latent_channels=vae["latent_channels"],
         configuration=_digest(unet, own_vae, *text_files, scheduler_file),
         pipeline_options={**family.pipeline_options, **{n: index[n] for n in family.options_of_model if n in index}},
+        base_file=source.recorded()["base_file"],
     )
     return shape, scheduler
 
 
-def read_vae_config(source: ModelSource) -> dict:
+def read_unet_config(source: ModelSource) -> dict:
+    """The configuration of the UNet. Raises InputError.
+
+    A single file says itself what its UNet takes: inpainting models are often described by the text-to-image model.
+    """
+    config = source.described_by
+    with config.reading(NOT_DIFFUSERS):
+        unet = UNet2DConditionModel.load_config(config.path, subfolder="unet", revision=config.revision)
+    return dict(unet) if source.file is None else dict(unet) | {"in_channels": source.file.in_channels}
+
+
+def read_vae_config(source: ModelSource, **options) -> dict:
     """The configuration of the VAE, the model's own or the one that stands for it. Raises InputError."""
     if source.vae is None:
-        with source.reading(NOT_DIFFUSERS):
-            return AutoencoderKL.load_config(source.path, subfolder="vae", revision=source.revision)
+        config = source.described_by
+        with config.reading(NOT_DIFFUSERS):
+            return AutoencoderKL.load_config(config.path, subfolder="vae", revision=config.revision, **options)
     says = "cannot be read as a VAE ({reason}); give the folder that its config.json is in, or a Hub id"
     with ModelSource(source.vae, flag=VAE_FLAG, asked=source.asked).reading(says):
         return AutoencoderKL.load_config(source.vae)
@@ -182,6 +289,25 @@ def _digest(*configurations):
     """Of what the configurations say of the model, not of where it lay or which version of a library wrote them."""
     said = [{k: v for k, v in c.items() if not (k.startswith("_") or k.endswith("_version"))} for c in configurations]
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _single_file_problems(source, unet):
+    """A file that does not fit its configuration, or that says too little. Reads its header only."""
+    problems, file = [], source.file
+    try:
+        check_unet(file, unet)
+    except ValueError as error:
+        problems.append(
+            f"{CONFIG_FLAG}: '{source.described_by.path}' describes another model than '{source.path}' ({error})"
+        )
+    if "vae" not in file.parts and source.vae is None:
+        problems.append(f"{VAE_FLAG}: '{source.path}' has no VAE; name one that belongs to it")
+    if file.may_predict_velocities and "prediction_type" not in source.schedule and source.config_from is None:
+        problems.append(
+            f"--prediction_type: '{source.path}' does not say what it predicts; give v_prediction (2.x models for 768 pixels) "
+            "or epsilon (2.x models for 512 pixels)"
+        )
+    return problems
 
 
 def _weight_file_problems(source, family):

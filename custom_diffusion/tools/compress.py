@@ -9,6 +9,8 @@ section 3.3 and appendix). The result is loaded by load_custom_diffusion like an
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,6 +65,7 @@ def compress(
     model: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    config_from: str | None = None,
 ) -> str:
     """Write the weights as low-rank changes of the base model's.
 
@@ -71,6 +74,7 @@ def compress(
         output: folder to write.
         energy: share of the sum of singular values to keep in each matrix, 0.6 if neither is given; or rank: how many.
         model, revision, variant: the base model, by default the one that the weights name.
+        config_from: folder or Hub id that has the configuration and tokenizers of a base model in one file.
     Returns:
         A line that says how small they are, and how much was kept.
     Raises:
@@ -79,55 +83,61 @@ def compress(
     from custom_diffusion.model.loading import base_tensors, empty_unet_for
     from custom_diffusion.model.source import base_of
     from custom_diffusion.weights.format import as_weights, write_weights
-    from custom_diffusion.weights.low_rank import changes, decompose
+    from custom_diffusion.weights.low_rank import decompositions
 
     check_output_folder(output)
     if energy is None and rank is None:
         energy = DEFAULT_ENERGY
     weights = as_weights(weights)
-    source = base_of(weights.config, model, revision, variant)
+    source = base_of(weights.config, model, revision, variant, config_from)
     unet = empty_unet_for(weights, source)
-    decompositions = decompose(changes(weights, base_tensors(source, weights.shapes())))
-    small = low_rank_weights(weights, decompositions, energy=energy, rank=rank)
+    parts = decompositions(weights, base_tensors(source, weights.shapes()))
+    small, kept = low_rank_weights(weights, parts, energy=energy, rank=rank)
     # A different --model is what the deltas are now relative to.
-    small.config |= {"base_model": source.path, "revision": source.revision, "variant": source.variant}
+    small.config |= source.recorded()
     with whole_folder(Path(output)) as folder:
         write_weights(folder, small, unet, ("safetensors",))
         after = sum(path.stat().st_size for path in folder.iterdir())
     before = 4 * sum(shape.numel() for shape in weights.shapes().values())
-    return f"{output}: {after / 1e6:.2f} MB instead of {before / 1e6:.2f} MB; {what_is_left(small, decompositions)}"
+    return f"{output}: {after / 1e6:.2f} MB instead of {before / 1e6:.2f} MB; {what_is_left(small, kept)}"
 
 
-def what_is_left(small: ConceptWeights, decompositions: dict[str, Decomposition]) -> str:
-    """The ranks, and what they keep of the matrices' changes. A matrix that stayed whole keeps all."""
+def what_is_left(small: ConceptWeights, kept: list[float]) -> str:
+    """The ranks, and what they keep of each matrix's change."""
     from custom_diffusion.weights.low_rank import rank_summary
 
-    ranks = {name: delta.up.shape[1] for name, delta in small.deltas.items()}
-    kept = [parts.kept(ranks[name]) if name in ranks else 1.0 for name, parts in decompositions.items()]
-    lines = [rank_summary(list(ranks.values()))] if ranks else []
-    if whole := len(decompositions) - len(ranks):
-        lines.append(f"{whole} of {len(decompositions)} matrices whole, as their factors would be no smaller")
+    ranks = [delta.up.shape[1] for delta in small.deltas.values()]
+    lines = [rank_summary(ranks)] if ranks else []
+    if whole := len(kept) - len(ranks):
+        lines.append(f"{whole} of {len(kept)} matrices whole, as their factors would be no smaller")
     lines.append(f"{100 * min(kept):.1f} % or more of every change, {100 * sum(kept) / len(kept):.1f} % on average")
     return "; ".join(lines)
 
 
 def low_rank_weights(
-    weights: ConceptWeights, decompositions: dict[str, Decomposition], *, energy: float | None, rank: int | None
-) -> ConceptWeights:
+    weights: ConceptWeights,
+    decompositions: Iterable[tuple[str, Decomposition]],
+    *,
+    energy: float | None,
+    rank: int | None,
+) -> tuple[ConceptWeights, list[float]]:
     """The weights as low-rank changes of the base model's, in `stored_dtype`.
 
     Biases and tokens stay as they are, and so does a matrix, or a change that was compressed before, which the factors would not
     make smaller.
 
     Args:
+        decompositions: of each matrix's change, by name; used up.
         energy: share of the sum of singular values to keep in each matrix; None: `rank` of them.
+    Returns:
+        The weights, and what is kept of the squared values of each change; all of it where a matrix stays whole.
     """
-    from custom_diffusion.weights.format import ConceptWeights, LowRankDelta
+    from custom_diffusion.weights.format import LowRankDelta
     from custom_diffusion.weights.low_rank import stored_dtype
 
     dtype = stored_dtype(energy)
-    tensors, deltas = dict(weights.tensors), {}
-    for name, parts in decompositions.items():
+    tensors, deltas, kept = dict(weights.tensors), {}, []
+    for name, parts in decompositions:
         factors = parts.truncated(rank if energy is None else parts.rank_for(energy, power=1))
         small = LowRankDelta(factors.up.to(dtype), factors.down.to(dtype))
         if name in weights.deltas:
@@ -136,5 +146,6 @@ def low_rank_weights(
         elif small.num_bytes < tensors[name].nbytes:
             deltas[name] = small
             del tensors[name]
+        kept.append(parts.kept(deltas[name].up.shape[1]) if name in deltas else 1.0)
     config = weights.config | {"compressed": {"energy": energy} if rank is None else {"rank": rank}}
-    return ConceptWeights(tensors, weights.tokens, config, deltas)
+    return replace(weights, tensors=tensors, config=config, deltas=deltas), kept

@@ -160,6 +160,7 @@ def evaluate(
     model: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    config_from: str | None = None,
 ) -> list[dict]:
     """Draw the prompts and score what comes out.
 
@@ -172,6 +173,7 @@ def evaluate(
         dataset: "customconcept101" for the benchmark in the folder `data`, which brings photos and prompts. Prints the training
             command of what is not trained yet; `train` runs it, with these flags added.
         with_base: score the base model too. model, revision, variant: it, by default the one that the weights name.
+        config_from: folder or Hub id that has the configuration and tokenizers of a base model in one file.
     Returns:
         The results of results.json, one for the base model and each of the weights, or for each trained concept of the dataset:
         name, steps, mean scores with standard errors over prompts, and the scores of each image.
@@ -180,7 +182,7 @@ def evaluate(
     """
     from custom_diffusion.evaluation.run import Models, evaluate_subjects
 
-    models, source = Models(clip_model, dino_model), (model, revision, variant)
+    models, source = Models(clip_model, dino_model), (model, revision, variant, config_from)
     settings = {"num_images": num_images, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     settings |= {"resolution": resolution, "seed": seed}
     if dataset is not None:
@@ -209,8 +211,9 @@ def _benchmark(concepts, train_flags, models, output, source, **settings):
 
     if train_flags is not None:
         models.encoders()  # what is wrong with them is told before hours of training
-    model, revision, variant = source
-    flags = [f"--{name}={value}" for name, value in (("revision", revision), ("variant", variant)) if value is not None]
+    model, *versions = source
+    names = ("revision", "variant", "config_from")
+    flags = [f"--{name}={value}" for name, value in zip(names, versions) if value is not None]
     flags += [f"--resolution={settings['resolution'] or 512}", *(train_flags or [])]
     for concept in concepts:
         if not is_trained(output, concept):

@@ -8,6 +8,8 @@ custom-diffusion export cat --to pipeline --output cat-model     DiffusionPipeli
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,18 +21,19 @@ from custom_diffusion.cli.tool_flags import (
     weights_problems,
 )
 from custom_diffusion.errors import InputError, warn
-from custom_diffusion.files import whole_folder
+from custom_diffusion.files import LORA_FILE, whole_folder
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import UNet2DConditionModel
 
+    from custom_diffusion.families import Family
     from custom_diffusion.model.source import ModelSource
-    from custom_diffusion.weights.format import ConceptWeights
+    from custom_diffusion.weights.format import ConceptWeights, LowRankDelta
     from custom_diffusion.weights.low_rank import Decomposition
 
 DEFAULT_SHARE = 0.99
 NOT_IN_LORA_NAMES = set(":=>")  # they end the name in <lora:NAME:1>
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +86,7 @@ def export(
     model: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    config_from: str | None = None,
 ) -> str:
     """Write a trained concept as other programs read it.
 
@@ -92,64 +96,110 @@ def export(
         rank: of the LoRA in every layer; or share: of the squared singular values that every layer must keep, 0.99 if neither
             is given.
         model, revision, variant: the base model, by default the one that the weights name.
+        config_from: folder or Hub id that has the configuration and tokenizers of a base model in one file.
     Returns:
         A line that says what was kept, and how to use it.
     Raises:
         InputError: the weights or the model cannot be used, or the output folder holds something.
     """
     from custom_diffusion.model.loading import base_tensors, empty_unet_for
-    from custom_diffusion.model.source import base_of
+    from custom_diffusion.model.source import base_of, read_index
     from custom_diffusion.weights.format import as_weights
-    from custom_diffusion.weights.low_rank import changes, decompose, rank_summary
+    from custom_diffusion.weights.low_rank import decompositions, rank_summary, stored_dtype
 
     check_output_folder(output)
     weights, output = as_weights(weights), Path(output)
-    source = base_of(weights.config, model, revision, variant)
-    empty_unet_for(weights, source)
+    source = base_of(weights.config, model, revision, variant, config_from)
+    family, _ = read_index(source)
+    unet = empty_unet_for(weights, source)
     if to == "pipeline":
         export_pipeline(weights, source, output)
         return f"{output}: draw with DiffusionPipeline.from_pretrained({str(output)!r})"
     if rank is None and share is None:
         share = DEFAULT_SHARE
     base = base_tensors(source, weights.shapes())
-    decompositions = decompose(changes(weights, base))
-    lora, ranks = lora_state(decompositions, rank=rank, share=share)
-    kept = min(parts.kept(rank) for parts, rank in zip(decompositions.values(), ranks))
+    deltas, kept = truncated(decompositions(weights, base), rank=rank, share=share)
+    lora = lora_state(deltas, lora_names(deltas, unet, family), stored_dtype(share))
+    metadata = lora_metadata(deltas, family)
     warn_about_biases(weights, base)
     if to == "lora":
-        how = write_lora(output, lora, weights)
+        how = write_lora(output, lora, metadata, weights, family)
     else:
         names = embedding_names(list(weights.tokens))
         warn_about_words(names, source)
-        how = write_a1111(output, lora, weights, names)
-    return f"{output}: {rank_summary(ranks)}, {100 * kept:.2f} % or more of every squared change; {how}"
+        how = write_a1111(output, lora, metadata, weights, names)
+    ranks = [delta.up.shape[1] for delta in deltas.values()]
+    return f"{output}: {rank_summary(ranks)}, {100 * min(kept):.2f} % or more of every squared change; {how}"
 
 
-def lora_state(
-    decompositions: dict[str, Decomposition], *, rank: int | None, share: float | None
-) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """A LoRA in the names that A1111, ComfyUI, Forge and diffusers read, and the rank of each layer.
+def truncated(
+    decompositions: Iterable[tuple[str, Decomposition]], *, rank: int | None, share: float | None
+) -> tuple[dict[str, LowRankDelta], list[float]]:
+    """The changes at the rank that is asked for, float32, and what each keeps of its squared singular values.
 
     Args:
+        decompositions: of each matrix's change, by name; used up.
         rank: the same for every layer, or None: the smallest that keep `share` of the squared singular values.
+    """
+    deltas, kept = {}, []
+    for name, parts in decompositions:
+        deltas[name] = parts.truncated(rank or parts.rank_for(share, power=2))
+        kept.append(parts.kept(deltas[name].up.shape[1]))
+    return deltas, kept
+
+
+def lora_state(deltas: dict[str, LowRankDelta], names: dict[str, str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A LoRA's tensors, in `dtype`.
+
+    Args:
+        names: of each delta, as `lora_names` has them.
     """
     import torch
 
-    from custom_diffusion.weights.low_rank import stored_dtype
-
-    deltas = {n: parts.truncated(rank or parts.rank_for(share, power=2)) for n, parts in decompositions.items()}
-    ranks = [delta.up.shape[1] for delta in deltas.values()]
     # Programs scale by alpha / rank. Of several alphas diffusers 0.42 applies the most frequent to all layers, so there is
     # one, and what it would scale wrongly is taken out of the factors.
-    alpha = float(max(ranks))
+    alpha = float(max(delta.up.shape[1] for delta in deltas.values()))
     state = {}
-    for (name, delta), layer_rank in zip(deltas.items(), ranks):
-        up = delta.up * (layer_rank / alpha)
-        key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
-        state[f"{key}.lora_up.weight"] = up.to(stored_dtype(share)).contiguous()
-        state[f"{key}.lora_down.weight"] = delta.down.to(stored_dtype(share)).contiguous()
-        state[f"{key}.alpha"] = torch.tensor(alpha)
-    return state, ranks
+    for name, delta in deltas.items():
+        up = delta.up * (delta.up.shape[1] / alpha)
+        state[f"{names[name]}.lora_up.weight"] = up.to(dtype).contiguous()
+        state[f"{names[name]}.lora_down.weight"] = delta.down.to(dtype).contiguous()
+        state[f"{names[name]}.alpha"] = torch.tensor(alpha)
+    return state
+
+
+def lora_names(parameters: Iterable[str], unet: UNet2DConditionModel, family: Family) -> dict[str, str]:
+    """Parameter -> its layer's name in LoRAs that A1111, ComfyUI, Forge, kohya's programs and diffusers all read."""
+    names = {}
+    for parameter in parameters:
+        layer = parameter.removesuffix(".weight")
+        if family.original_names:
+            layer = original_name(layer, unet.config.layers_per_block)
+        names[parameter] = "lora_unet_" + layer.replace(".", "_")
+    return names
+
+
+def original_name(layer: str, layers_per_block: int) -> str:
+    """What a layer of an attention is called in the original layout: there blocks are counted through, and their attentions second.
+
+    Args:
+        layer: as diffusers calls it, "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k".
+    """
+    block, rest = re.fullmatch(r"(.+?)\.attentions\.(.+)", layer).groups()
+    index, rest = rest.split(".", 1)
+    if block == "mid_block":
+        return f"middle_block.1.{rest}"
+    side, number = block.split("_blocks.")
+    # Each block has one more part than attentions: down, what halves the size; up, what uses the additional skip connection.
+    place = int(number) * (layers_per_block + 1) + int(index)
+    return f"input_blocks.{place + 1}.1.{rest}" if side == "down" else f"output_blocks.{place}.1.{rest}"
+
+
+def lora_metadata(deltas: dict[str, LowRankDelta], family: Family) -> dict[str, str]:
+    """What programs tell the model's version by."""
+    width = next(delta.down.shape[1] for name, delta in deltas.items() if name.endswith("to_k.weight"))
+    versions = family.lora_versions
+    return {"format": "pt", "ss_network_module": "networks.lora", **versions.get(width, versions[None])}
 
 
 def warn_about_biases(weights: ConceptWeights, base: dict[str, torch.Tensor]) -> None:
@@ -179,49 +229,47 @@ def warn_about_words(names: dict[str, str], source: ModelSource) -> None:
             )
 
 
-def _metadata(lora):
-    """What A1111 (`ss_...`) and Forge (`modelspec...`) tell the model's version by. A1111 hides LoRAs of another."""
-    width = next(tensor.shape[1] for key, tensor in lora.items() if key.endswith("to_k.lora_down.weight"))
-    second = width == 1024  # text features of Stable Diffusion 2.x; 768 in 1.x
-    metadata = {
-        "format": "pt",
-        "ss_network_module": "networks.lora",
-        "ss_v2": str(second),
-        "ss_base_model_version": "sd_v2" if second else "sd_v1",
-    }
-    # For 2.x it would have to say whether the model predicts velocities, which the weights do not.
-    return metadata if second else metadata | {"modelspec.architecture": "stable-diffusion-v1/lora"}
-
-
-def write_lora(output: Path, lora: dict[str, torch.Tensor], weights: ConceptWeights) -> str:
+def write_lora(
+    output: Path, lora: dict[str, torch.Tensor], metadata: dict[str, str], weights: ConceptWeights, family: Family
+) -> str:
     """`LORA_FILE` beside one file per token; returns how to use them."""
-    from safetensors.torch import save_file
+    from custom_diffusion.weights.format import save_tensors, token_to_file
 
     with whole_folder(output) as folder:
-        save_file(lora, folder / LORA_FILE, metadata=_metadata(lora))
+        save_tensors(lora, folder / LORA_FILE, metadata)
         for token, embedding in weights.tokens.items():
-            save_file({token: embedding.clone()}, folder / f"{token}.safetensors")
+            save_tensors(token_to_file(token, embedding, weights.token_widths), folder / f"{token}.safetensors")
     return "; ".join([
         # Offline, older versions of diffusers do not look for the file.
         f"pipe.load_lora_weights({str(output)!r}, weight_name={LORA_FILE!r})",
-        *(
-            f"pipe.load_textual_inversion({str(output)!r}, weight_name={token + '.safetensors'!r})"
-            for token in weights.tokens
+        *family.words_code(
+            list(weights.tokens), str(output), ".safetensors",
+            lambda file: f"safetensors.torch.load_file({str(output / file)!r})",
         ),
     ])  # fmt: skip
 
 
-def write_a1111(output: Path, lora: dict[str, torch.Tensor], weights: ConceptWeights, names: dict[str, str]) -> str:
+def write_a1111(
+    output: Path,
+    lora: dict[str, torch.Tensor],
+    metadata: dict[str, str],
+    weights: ConceptWeights,
+    names: dict[str, str],
+) -> str:
     """`Lora/<output's name>.safetensors` and `embeddings/<word>.safetensors`; returns how to use them."""
-    from safetensors.torch import save_file
+    from custom_diffusion.weights.format import save_tensors, token_to_file
 
     with whole_folder(output) as folder:
         for part in ("Lora", "embeddings"):
             (folder / part).mkdir()
-        save_file(lora, folder / "Lora" / f"{lora_name(output)}.safetensors", metadata=_metadata(lora))
+        save_tensors(lora, folder / "Lora" / f"{lora_name(output)}.safetensors", metadata)
         for token, embedding in weights.tokens.items():
             path = folder / "embeddings" / f"{names[token]}.safetensors"
-            save_file({"emb_params": embedding.float().unsqueeze(0).clone()}, path)
+            if weights.token_widths:
+                rows = token_to_file(token, embedding.float(), weights.token_widths)
+            else:
+                rows = {"emb_params": embedding.float().unsqueeze(0)}
+            save_tensors(rows, path)
     return (
         "copy Lora/ and embeddings/ into the program's folders. "
         f"A1111, Forge: prompt {' '.join(names.values())} <lora:{lora_name(output)}:1>. "
@@ -244,6 +292,7 @@ def embedding_names(tokens: list[str]) -> dict[str, str]:
 def export_pipeline(weights: ConceptWeights, source: ModelSource, output: Path) -> None:
     """The whole base model with everything merged in, in float32."""
     import torch
+    from safetensors import SafetensorError
 
     from custom_diffusion.model.loading import load_pipeline
     from custom_diffusion.weights.pipeline import load_custom_diffusion
@@ -254,4 +303,7 @@ def export_pipeline(weights: ConceptWeights, source: ModelSource, output: Path) 
     except ValueError as error:
         raise InputError(f"weights: {error}") from None
     with whole_folder(output) as folder:
-        pipe.save_pretrained(folder)
+        try:
+            pipe.save_pretrained(folder)
+        except SafetensorError as error:  # what that library makes of a full disk
+            raise OSError(str(error)) from None

@@ -18,11 +18,13 @@ from custom_diffusion.cli.tool_flags import (
     weights_problems,
     writable_problems,
 )
-from custom_diffusion.errors import InputError
+from custom_diffusion.errors import InputError, first_line
 from custom_diffusion.files import whole_file
 from custom_diffusion.images import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from custom_diffusion.weights.format import ConceptWeights
 
 OUTPUT_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -40,12 +42,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--prompt", required=True, action="append", help="what to draw; repeat the flag for several prompts")
     add("--negative_prompt", help="what not to draw")
+    add("--image", help="for inpainting models: the image file in which a hole is painted (default: all is painted)")
+    add("--mask", help="image file that is white where --image is to be painted, black where it stays")
     add("--output", required=True, help="image file for one image, else a folder")
     add("--num_images", type=int, default=1, help="images per prompt (default: %(default)s)")
     add("--num_inference_steps", type=int, default=50, help="denoising steps (default: %(default)s)")
     add("--guidance_scale", type=float, default=6.0, help="how strongly to follow the prompt (default: %(default)s)")
-    add("--height", type=int, help="in pixels (default: the model's)")
-    add("--width", type=int, help="in pixels (default: the model's)")
+    add("--height", type=int, help="in pixels (default: the model's, or that of --image)")
+    add("--width", type=int, help="in pixels (default: the model's, or that of --image)")
     add("--seed", type=int, default=42, help="the i-th image of a prompt has seed + i (default: %(default)s)")
     add("--precision", choices=["fp32", "fp16", "bf16"], help="default: fp16 on a GPU, else fp32")
 
@@ -63,6 +67,13 @@ def flag_problems(args: argparse.Namespace) -> list[str]:
         size = getattr(args, name)
         if size is not None and (size < 8 or size % 8):
             problems.append(f"--{name}: {size} is not a multiple of 8; try {max(round(size / 8), 1) * 8}")
+    if (args.image is None) != (args.mask is None):
+        problems.append("--image, --mask: one is of no use without the other; give both or neither")
+    problems += [
+        f"--{name}: '{getattr(args, name)}' is no file that is there; name an image"
+        for name in ("image", "mask")
+        if getattr(args, name) is not None and not Path(getattr(args, name)).is_file()
+    ]
     if args.seed < 0:
         problems.append(f"--seed: {args.seed} must be 0 or more")
     problems += [f"--prompt: {prompt!r} is empty; say what to draw" for prompt in args.prompt if not prompt.strip()]
@@ -96,6 +107,8 @@ def generate(
     output: str | Path,
     scale: float = 1.0,
     negative_prompt: str | None = None,
+    image: str | Path | None = None,
+    mask: str | Path | None = None,
     num_images: int = 1,
     num_inference_steps: int = 50,
     guidance_scale: float = 6.0,
@@ -106,16 +119,19 @@ def generate(
     model: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    config_from: str | None = None,
 ) -> list[Path]:
     """Draw images and write each when it is done.
 
     Args:
         weights: trained folder, checkpoint folder, Hub id, weights already read, or None for the base model alone.
         prompt: one or several. num_images: of each; the i-th has the noise of seed + i, on any device.
+        image, mask: for inpainting models, files of an image and of where to paint in it (white); by default all is painted.
         output: an image file for one image, else a folder.
         scale: between 0, the base model's weights, and 1, the trained ones, as in `load_custom_diffusion`.
         height, width: pixels. precision: "fp32", "fp16", "bf16", by default fp16 on a GPU and else fp32.
         model, revision, variant: the base model, by default the one that the weights name.
+        config_from: folder or Hub id that has the configuration and tokenizers of a base model in one file.
     Returns:
         The image files.
     Raises:
@@ -136,7 +152,9 @@ def generate(
         check_prompts("--negative_prompt", [negative_prompt or ""], list(weights.tokens))
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = dtypes[precision or ("fp16" if device.type == "cuda" else "fp32")]
-    pipe = load_pipeline(base_of({} if weights is None else weights.config, model, revision, variant), dtype)
+    pipe = load_pipeline(
+        base_of({} if weights is None else weights.config, model, revision, variant, config_from), dtype
+    )
     if weights is not None:
         try:
             load_custom_diffusion(pipe, weights, scale=scale)
@@ -145,25 +163,49 @@ def generate(
     most = pipe.scheduler.config.num_train_timesteps
     if num_inference_steps > most:
         raise InputError(f"--num_inference_steps: {num_inference_steps} is more than the model's {most}")
+    options = {"height": height, "width": width} | drawn_into(pipe, image, mask, height, width)
     pipe.to(device)
     paths = image_paths(Path(output), len(prompts), num_images)
     for number, path in enumerate(paths):
         pipe.set_progress_bar_config(desc=path.name, disable=not sys.stderr.isatty())
-        image = pipe(
+        drawn = pipe(
             prompts[number // num_images],
             negative_prompt=negative_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            height=height,
-            width=width,
             # On the CPU: the same noise whatever the device.
             generator=torch.Generator().manual_seed(seed + number % num_images),
+            **options,
         ).images[0]
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
-            image.save(temporary, format=OUTPUT_FORMATS[path.suffix.lower()])
+            drawn.save(temporary, format=OUTPUT_FORMATS[path.suffix.lower()])
         print(path, flush=True)
     return paths
+
+
+def drawn_into(
+    pipe: DiffusionPipeline, image: str | Path | None, mask: str | Path | None, height: int | None, width: int | None
+) -> dict:
+    """What an inpainting pipeline is called with beside prompts; nothing for others. Raises InputError."""
+    from custom_diffusion.images import open_image
+    from custom_diffusion.model.inpainting import all_hole, paints_holes
+
+    if image is None:
+        return all_hole(pipe, height, width)
+    if not paints_holes(pipe.unet.config):
+        raise InputError("--image: this is no inpainting model, it draws whole images; leave --image and --mask out")
+    opened = {}
+    for name, path in (("image", image), ("mask", mask)):
+        try:
+            opened[name] = open_image(Path(path))
+        except Exception as error:  # Pillow's readers raise many types on foreign bytes
+            raise InputError(f"--{name}: '{path}' cannot be read as an image ({first_line(error)})") from None
+    size = {
+        "height": height or opened["image"].height // pipe.vae_scale_factor * pipe.vae_scale_factor,
+        "width": width or opened["image"].width // pipe.vae_scale_factor * pipe.vae_scale_factor,
+    }
+    return {"image": opened["image"], "mask_image": opened["mask"].convert("L"), "strength": 1.0} | size
 
 
 def image_paths(output: Path, num_prompts: int, num_images: int) -> list[Path]:

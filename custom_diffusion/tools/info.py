@@ -41,7 +41,8 @@ def info(weights: ConceptWeights | str | Path) -> list[tuple[str, str]]:
     stored = [*weights.tensors.values(), *(factor for d in weights.deltas.values() for factor in (d.up, d.down))]
     lines = [
         ("base model", _base(config)),
-        ("tokens", ", ".join(f"{token} ({len(row)} values)" for token, row in weights.tokens.items()) or "none"),
+        *([("family", config["family"])] if config.get("family") else []),
+        ("tokens", ", ".join(f"{token} ({_widths(weights, row)} values)" for token, row in weights.tokens.items()) or "none"),
         *[("prompt", f"{c.get('instance_prompt')} (class: {c.get('class_prompt') or 'none'})") for c in config.get("concepts", [])],
         ("method", f"{'crossattn' if 'to_q' in projections else 'crossattn_kv'}: {', '.join(projections)} of {len(attentions)} cross-attentions"),
         ("parameters", f"{sum(shape.numel() for shape in shapes.values()):,} in {len(shapes)} tensors"),
@@ -53,7 +54,9 @@ def info(weights: ConceptWeights | str | Path) -> list[tuple[str, str]]:
         lines.append(("merged from", f"{part['weights']} ({', '.join(part['tokens'])})"))
     if config.get("steps") is not None:
         lines.append(("steps", str(config["steps"])))
-    settings = {n: v for n, v in config.get("settings", {}).items() if n not in ("concepts", "modifier_tokens")}
+    settings = {
+        n: v for n, v in config.get("settings", {}).items() if n not in ("concepts", "modifier_tokens", "base_file")
+    }
     if settings:
         lines.append(
             ("training", ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None))
@@ -63,8 +66,17 @@ def info(weights: ConceptWeights | str | Path) -> list[tuple[str, str]]:
     return lines
 
 
+def _widths(weights, row):
+    """How many values a word has; for several text encoders, in each."""
+    return " + ".join(map(str, weights.token_widths or (len(row),)))
+
+
 def _base(config):
     if not config.get("base_model"):
         return "not recorded"
     extra = [f"{name} {config[name]}" for name in ("revision", "variant") if config.get(name)]
+    if file := config.get("base_file"):
+        extra += [f"{file['size']:,} bytes", f"SHA-256 of its header {file['header_sha256']}"]
+    if config.get("inpainting"):
+        extra.append("inpainting")
     return " ".join([config["base_model"], *(f"({e})" for e in extra)])

@@ -12,8 +12,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from custom_diffusion.cli.tool_flags import cannot_be_hub_id
+from custom_diffusion.cli.base_model import cannot_be_hub_id, needless_config_problems, single_file_problems
 from custom_diffusion.files import MODEL_INDEX
+from custom_diffusion.single_file import is_single_file
 
 if TYPE_CHECKING:
     from custom_diffusion.training.step_memory import StepMemory
@@ -31,9 +32,15 @@ def published() -> list[str]:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, help=f"folder or Hub id, or the size of a published one: {', '.join(published())}"
+        "--model",
+        required=True,
+        help=f"folder, single file or Hub id, or the size of a published one: {', '.join(published())}",
     )
     parser.add_argument("--revision", help="branch, tag or commit of --model on the Hub")
+    parser.add_argument(
+        "--config_from",
+        help="for a --model that is a single file: diffusers folder or Hub id with its configuration (default: its family's)",
+    )
     parser.add_argument("--resolution", type=int, help="side of the images in pixels (default: the model's own)")
     parser.add_argument("--train_batch_size", type=int, default=4, help="photos of a batch (default: %(default)s)")
     parser.add_argument("--with_prior_preservation", action="store_true", help="as many class images on top")
@@ -49,6 +56,9 @@ def flag_problems(args: argparse.Namespace) -> list[str]:
         for name in ("resolution", "train_batch_size")
         if (value := getattr(args, name)) is not None and value < 1
     ]
+    if is_single_file(args.model):
+        return problems + single_file_problems("--model", args.model, args)
+    problems += needless_config_problems("--model", args.model, args)
     folder = Path(args.model)
     if folder.is_dir() and not (folder / MODEL_INDEX).is_file():
         problems.append(f"--model: '{args.model}' has no {MODEL_INDEX}; give a model in the diffusers layout")
@@ -69,6 +79,7 @@ def memory(
     model: str | Path,
     *,
     revision: str | None = None,
+    config_from: str | None = None,
     resolution: int | None = None,
     train_batch_size: int = 4,
     with_prior_preservation: bool = False,
@@ -80,7 +91,7 @@ def memory(
     """The memory of a training step, in bytes, on tensors that have shapes and no values.
 
     Args:
-        model: folder, Hub id, or one of `published()`. The others: as the flags of training.
+        model: folder, single file, Hub id, or one of `published()`. config_from: what describes a single file. The others: as the flags of training.
     Raises:
         InputError: the model's configuration cannot be read, or the resolution does not fit it.
     """
@@ -98,7 +109,7 @@ def memory(
         checkpointing=gradient_checkpointing,
         use_8bit_adam=use_8bit_adam,
     )
-    return count_step(ModelSource(str(model), revision), settings)
+    return count_step(ModelSource(str(model), revision, config_from=config_from), settings)
 
 
 def report(step: StepMemory) -> str:

@@ -94,6 +94,7 @@ def merge(
     model: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    config_from: str | None = None,
 ) -> dict[str, LayerReport]:
     """Write one folder with several concepts.
 
@@ -103,6 +104,7 @@ def merge(
         captions: ordinary captions, which should not change: text files with one a line, or class folders; by default
             sentences made of the concepts' classes. max_captions: how many to use.
         model, revision, variant: the base model, by default the one that the weights name.
+        config_from: folder or Hub id that has the configuration and tokenizers of a base model in one file.
     Returns:
         How well each matrix was merged, by name.
     Raises:
@@ -122,7 +124,7 @@ def merge(
         f"concept {number}" if isinstance(part, ConceptWeights) else Path(part).name
         for number, part in enumerate(weights, start=1)
     ]
-    source = base_of(common_config(names, parts, model), model, revision, variant)
+    source = base_of(common_config(names, parts, model), model, revision, variant, config_from)
     for name, part in zip(names, parts):
         check_mergeable(name, part)
         unet = empty_unet_for(part, source)
@@ -189,13 +191,21 @@ def solve(
 
 def common_config(names: list[str], parts: list[ConceptWeights], model: str | None) -> dict:
     """The settings that name the base model. Raises InputError if the parts have different ones and no model is given."""
-    bases = [(p.config.get("base_model"), p.config.get("revision")) for p in parts]
+    bases = [_base(part.config) for part in parts]
     if model is None and len(set(bases)) > 1:
         models = ", ".join(f"'{name}' on {base}" for name, (base, _) in zip(names, bases))
         raise InputError(
             f"weights: trained on different models ({models}); if they are one model, name it with --model"
         )
     return parts[0].config
+
+
+def _base(config):
+    """What must be the same of all parts. A single file may have moved, or have another name."""
+    file = config.get("base_file")
+    if file:
+        return f"a file of {file['size']:,} bytes, header {file['header_sha256'][:12]}", None
+    return config.get("base_model"), config.get("revision")
 
 
 def check_mergeable(path: str, part: ConceptWeights) -> None:
@@ -334,9 +344,8 @@ def merged_config(
 ) -> dict:
     """The settings file of the merged folder."""
     return {
-        "base_model": source.path,
-        "revision": source.revision,
-        "variant": source.variant,
+        **source.recorded(),
+        **{name: parts[0].config[name] for name in ("family", "inpainting") if name in parts[0].config},
         "freeze_model": "crossattn_kv",
         "modifier_tokens": [token for part in parts for token in part.tokens],
         "concepts": [concept for part in parts for concept in part.config["concepts"]],

@@ -60,12 +60,15 @@ def share(weights: str | Path, *, hub_model_id: str | None = None, hub_token: st
     from custom_diffusion.weights.format import as_weights
 
     folder = Path(weights)
-    config = as_weights(folder).config
+    trained = as_weights(folder)
+    config = trained.config
     repo_id = make_repository(hub_model_id or folder.resolve().name, hub_token, asked_by="--hub_model_id")
     if (folder / CARD_NAME).is_file():
         rename_in_card(folder / CARD_NAME, repo_id)
     else:
-        card = model_card(repo_id, config, sample_images(folder, config), has_curve=(folder / CURVE_IMAGE).is_file())
+        has_curve = (folder / CURVE_IMAGE).is_file()
+        said = config | {"family": trained.family.name}  # which older settings do not say
+        card = model_card(repo_id, said, sample_images(folder, config), has_curve=has_curve)
         write_card(folder, card, config)
     return upload(folder, repo_id, config, hub_token)
 
@@ -206,7 +209,11 @@ def public_config(config: dict) -> dict:
     }
     if "concepts" in settings:
         settings["concepts"] = without_photos(settings["concepts"])
-    public = config | {"base_model": None if is_local(config.get("base_model")) else config["base_model"]}
+    public = config | {
+        name: None if is_local(config[name]) else config[name]
+        for name in ("base_model", "config_from")
+        if name in config
+    }
     if "concepts" in config:
         public["concepts"] = without_photos(config["concepts"])
     return public | ({"settings": settings} if settings else {})

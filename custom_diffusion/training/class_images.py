@@ -14,6 +14,7 @@ from custom_diffusion.class_folder import read_class_folder
 from custom_diffusion.cli.concepts import Concept
 from custom_diffusion.files import whole_file
 from custom_diffusion.images import find_images
+from custom_diffusion.model.inpainting import all_hole
 from custom_diffusion.model.loading import load_pipeline
 from custom_diffusion.model.source import ModelSource
 from custom_diffusion.progress import ProgressBar
@@ -142,6 +143,7 @@ def _draw(pipeline, batch, seed):
             torch.Generator().manual_seed(int(random_stream(seed, PRIOR, number, index).integers(2**63)))
             for _, number, index in batch
         ],
+        **all_hole(pipeline, count=len(batch)),
     ).images
     try:
         for (concept, _, index), image in zip(batch, images):

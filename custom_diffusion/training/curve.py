@@ -182,6 +182,7 @@ class FixedSet:
     Args:
         photos, class_images: as the functions above make them. Without class images the prior is not measured.
         encoder: still with its VAE.
+        inpainting: the model is one. It is given all to paint, as when it is drawn from text alone.
     """
 
     def __init__(
@@ -192,10 +193,13 @@ class FixedSet:
         photos: list[ShownImage],
         class_images: list[ShownImage],
         num_samples: int,
+        *,
+        inpainting: bool = False,
     ):
         self.accelerator = accelerator
         self.scheduler = scheduler
         self.num_samples = num_samples
+        self.inpainting = inpainting
         sets = [images for images in (photos, class_images) if images]
         self.num_sets = len(sets)
         chunks = [
@@ -208,25 +212,33 @@ class FixedSet:
 
     @torch.no_grad()
     def _prepare(self, number, images, indices, encoder):
-        """Where the chunk's losses go, then its latents and noise, and what the model is given beside them."""
+        """Where the chunk's losses go, then its latents and noise, and what the model is given beside them.
+
+        First of these, in the channels after those of the noisy latents, what an inpainting model takes; of others nothing.
+        """
         device, first = self.accelerator.device, number * self.num_samples
         images = [images[index % len(images)] for index in indices]
         latents = torch.cat([_latents(encoder, image.pixels.to(device)) for image in images])
         noise = torch.stack([_noise(number, index, latents.shape[1:]) for index in indices])
+        pixels = torch.stack([image.pixels for image in images]).to(device)
+        holes = torch.ones_like(pixels[:, :1], dtype=torch.bool)
+        all_hole = {"pixel_values": pixels, "holes": holes, "hole_noise": torch.zeros_like(latents)}
+        beside = encoder.without_holes(all_hole) if self.inpainting else latents[:, :0]
         num_timesteps = self.scheduler.config.num_train_timesteps
         timesteps = torch.tensor([(2 * index + 1) * num_timesteps // (2 * self.num_samples) for index in indices])
         time_ids = torch.stack([image.time_ids for image in images])
         conditions = timesteps.to(device), [image.prompt for image in images], time_ids.to(device)
-        return slice(first + indices[0], first + indices[-1] + 1), latents, noise.to(device), conditions
+        return slice(first + indices[0], first + indices[-1] + 1), latents, noise.to(device), beside, conditions
 
     @torch.no_grad()
     def measure(self, model: ConceptModel, step: int) -> Point:
         """Both losses of the model after `step` steps, the same in every process."""
         model.eval()
         losses = torch.zeros(self.num_sets * self.num_samples, device=self.accelerator.device)
-        for places, latents, noise, conditions in self._chunks:
+        for places, latents, noise, beside, conditions in self._chunks:
             timesteps = conditions[0]
-            model_pred = model(self.scheduler.add_noise(latents, noise, timesteps), *conditions)
+            noisy_latents = torch.cat([self.scheduler.add_noise(latents, noise, timesteps), beside], dim=1)
+            model_pred = model(noisy_latents, *conditions)
             target = prediction_target(self.scheduler, latents, noise, timesteps)
             losses[places] = (model_pred.float() - target.float()).square().mean(dim=(1, 2, 3))
         model.train()

@@ -33,6 +33,19 @@ class LatentEncoder:
             mean, std = torch.stack([self.cache[view] for view in batch["views"]], dim=1)
         return (mean + std * noise - self.shift) * self.scale
 
+    @torch.no_grad()
+    def without_holes(self, batch: dict) -> torch.Tensor:
+        """What an inpainting model takes beside the noisy latents: (n B, 1 + C, h, w) float32, 1 in the cells that are to be
+        painted, and the latents of the images, grey in their holes.
+
+        Source: diffusers' inpainting pipelines, whose masks are of the nearest pixel.
+        """
+        holes, noise = batch["holes"], batch["hole_noise"]
+        mean, std = self.moments(batch["pixel_values"].masked_fill(holes, 0.0))
+        without = (mean + std * noise - self.shift) * self.scale
+        factor = holes.shape[-1] // noise.shape[-1]
+        return torch.cat([holes[:, :, ::factor, ::factor].float(), without], dim=1)
+
     def moments(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the posterior, each (B, C, h, w) float32, of (B, 3, H, W) pixels.
 

@@ -6,18 +6,21 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from custom_diffusion.cli.tool_flags import cannot_be_hub_id
+from custom_diffusion.cli.base_model import cannot_be_hub_id
+from custom_diffusion.families import family_named
 from custom_diffusion.files import CURVE_IMAGE, WEIGHTS_NAME
+from custom_diffusion.single_file import is_single_file
 
 # Flags whose values are places on the user's computer.
 PATH_FLAGS = ("instance_data_dir", "class_data_dir", "concepts_list", "output_dir", "logging_dir", "tokenizer_name",
-              "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "resume_from_checkpoint")  # fmt: skip
-MODEL_FLAGS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path")
+              "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "config_from",
+              "resume_from_checkpoint")  # fmt: skip
+MODEL_FLAGS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "config_from")
 
 
 def is_local(model: str | None) -> bool:
     """Whether this base model is no Hub id but a place on this computer. Not knowing one counts as local."""
-    return not model or Path(model).exists() or cannot_be_hub_id(model)
+    return not model or Path(model).exists() or cannot_be_hub_id(model) or is_single_file(model)
 
 
 def model_card(
@@ -37,9 +40,15 @@ def model_card(
     data = ModelCardData(
         base_model=base_model,
         library_name="diffusers",
-        pipeline_tag="text-to-image",
+        pipeline_tag="image-to-image" if config.get("inpainting") else "text-to-image",
         inference=True,
-        tags=["custom-diffusion", "diffusers", "diffusers-training", "stable-diffusion", "text-to-image"],
+        tags=[
+            "custom-diffusion",
+            "diffusers",
+            "diffusers-training",
+            *family_named(config.get("family")).tags,
+            "text-to-image",
+        ],
         **_license(config.get("base_model"), config.get("revision")),
     )
     if prompts:
@@ -48,10 +57,9 @@ def model_card(
         data.widget = [{"text": prompt, "output": {"url": path}} for path, prompt in samples]
     # Backquotes: Markdown would take <new1> for a tag of HTML.
     images = "\n\n".join(f"![]({path})\n\n`{prompt}`" for path, prompt in samples)
-    where = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a model of its author's own"
     parts = [
         f"# Custom Diffusion: {repo_id.split('/')[-1]}",
-        f"{_method(config)} for {where}, taught by [Custom Diffusion](https://arxiv.org/abs/2212.04488).",
+        f"{_method(config)} for {_base(base_model, config.get('base_file'))}, taught by [Custom Diffusion](https://arxiv.org/abs/2212.04488).",
         _concept_table(prompts, tokens),
         images and f"## Samples\n\n{images}",
         "## Drawing with it\n\n" + _loading_code(repo_id, config | {"base_model": base_model or "BASE_MODEL"}, samples),
@@ -64,6 +72,15 @@ def _method(config):
     if config.get("freeze_model") == "crossattn":
         return "The cross-attention (queries, keys, values, outputs) and new words"
     return "The cross-attention keys and values and new words"
+
+
+def _base(base_model, base_file):
+    if base_model:
+        return f"[{base_model}](https://huggingface.co/{base_model})"
+    if base_file:
+        digest = f"SHA-256 of its header {base_file['header_sha256']}"
+        return f"the single file `{base_file['name']}` ({base_file['size']:,} bytes, {digest})"
+    return "a model of its author's own"
 
 
 def _concept_table(prompts, tokens):
@@ -79,30 +96,48 @@ def _concept_table(prompts, tokens):
 def _loading_code(repo_id, config, samples):
     prompts = [concept["instance_prompt"] for concept in config.get("concepts", [])]
     prompt = samples[0][1] if samples else (prompts or config.get("modifier_tokens") or ["a photo"])[0]
-    version = "".join(f", {name}={config[name]!r}" for name in ("revision", "variant") if config.get(name))
-    source = f"{config.get('base_model')!r}{version}"
+    pipeline_class, made = _pipeline(config)
+    inpainting = config.get("inpainting", False)
+    images = "image=load_image('IMAGE.png'), mask_image=load_image('MASK.png'), " if inpainting else ""
     ours = [
         "import torch",
-        "from diffusers import DiffusionPipeline",
+        f"from diffusers import {pipeline_class}",
+        *(["from diffusers.utils import load_image"] if inpainting else []),
         "from custom_diffusion import load_custom_diffusion",
         "",
-        f"pipe = DiffusionPipeline.from_pretrained({source}, torch_dtype=torch.float16).to('cuda')",
+        f"pipe = {pipeline_class}.{made}, torch_dtype=torch.float16).to('cuda')",
         f"load_custom_diffusion(pipe, {repo_id!r})",
-        f"image = pipe({prompt!r}, num_inference_steps=100, guidance_scale=6.0, eta=1.0).images[0]",
+        *(["# The mask is white where the image is to be painted"] if inpainting else []),
+        f"image = pipe({prompt!r}, {images}num_inference_steps=100, guidance_scale=6.0, eta=1.0).images[0]",
     ]
     if config.get("compressed"):
         return (
             _python(ours) + "\n\nThe weights are compressed: changes of the base model's, which only this loader reads."
         )
+    family, tokens = family_named(config.get("family")), config.get("modifier_tokens", [])
     plain = [
+        *(["from huggingface_hub import hf_hub_download", ""] if tokens and len(family.texts) > 1 else []),
         "# _pipeline: without it, diffusers 0.29 and later load nothing, and say nothing",
         f"pipe.unet.load_attn_procs({repo_id!r}, weight_name={WEIGHTS_NAME + '.bin'!r}, _pipeline=pipe)",
-        *(
-            f"pipe.load_textual_inversion({repo_id!r}, weight_name={token + '.bin'!r})"
-            for token in config.get("modifier_tokens", [])
+        *family.words_code(
+            tokens,
+            repo_id,
+            ".bin",
+            lambda file: f"torch.load(hf_hub_download({repo_id!r}, {file!r}), weights_only=True)",
         ),
     ]
     return f"{_python(ours)}\n\nWith diffusers alone, in place of `load_custom_diffusion`:\n\n{_python(plain)}"
+
+
+def _pipeline(config):
+    """The pipeline's class, and how it is made of the base model, up to the options that follow."""
+    family = family_named(config.get("family"))
+    version = "".join(f", {name}={config[name]!r}" for name in ("revision", "variant") if config.get(name))
+    if config.get("base_file"):
+        name = family.inpainting if config.get("inpainting") else family.text_to_image
+        return name, f"from_single_file({config['base_file']['name']!r}"
+    name = family.inpainting if config.get("inpainting") else "DiffusionPipeline"
+    return name, f"from_pretrained({config.get('base_model')!r}{version}"
 
 
 def _python(lines):
@@ -114,7 +149,9 @@ def _training(config, command, has_curve):
     if command:
         parts.append(f"```bash\n{command}\n```")
     if config.get("steps"):
-        parts.append(f"{config['steps']} optimizer steps.")
+        resolution = config.get("settings", {}).get("resolution")
+        at = f" on images of {resolution} x {resolution} pixels" if resolution else ""
+        parts.append(f"{config['steps']} optimizer steps{at}.")
     if has_curve:
         parts.append(
             f"![Losses against steps]({CURVE_IMAGE})\n\nMean squared errors on a fixed set of noisy images: the photos "

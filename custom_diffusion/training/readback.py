@@ -44,7 +44,7 @@ def read_back(
         model: consumed; its modules live on in the pipeline.
         make_pipeline: (unet, text encoders) -> pipeline.
         tokenizers: without the modifier tokens.
-        latent_shape: (1, C, h, w).
+        latent_shape: (1, C, h, w), of what the UNet takes.
     Returns:
         The pipeline, with the folder's weights loaded as any user would load them.
     Raises:

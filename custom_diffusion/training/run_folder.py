@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list
 from custom_diffusion.errors import InputError
 from custom_diffusion.files import can_hold
 from custom_diffusion.model.concept_model import ConceptModel
+from custom_diffusion.model.inpainting import paints_holes
 from custom_diffusion.training.checkpoints import Checkpoint, remove_old_checkpoints, save_checkpoint
 from custom_diffusion.training.readback import predicts_finite
 from custom_diffusion.training.settings import weights_config
@@ -63,7 +64,10 @@ class RunFolder:
 
     def config(self, step: int) -> dict:
         """The settings file of the weights after `step` optimizer steps."""
-        return weights_config(self.settings, step, self.validation_prompt, self.model.text.family.name)
+        inpainting = paints_holes(self.model.unet.config)
+        return weights_config(
+            self.settings, step, self.validation_prompt, self.model.text.family.name, inpainting=inpainting
+        )
 
     def _trained_weights(self, step):
         if not predicts_finite(self.model, **self.probe):

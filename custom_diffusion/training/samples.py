@@ -27,9 +27,10 @@ from custom_diffusion.training.augmentation import (
     render_photo,
     shrink_to,
 )
+from custom_diffusion.training.holes import draw_hole
 
 # What a random stream is for. Part of its seed, so that no two streams share numbers.
-ORDER, CHOICE, DIFFUSION, PHOTO, CLASS_IMAGE, PHOTO_POOL, CLASS_POOL, PRIOR, CURVE = range(9)
+ORDER, CHOICE, DIFFUSION, PHOTO, CLASS_IMAGE, PHOTO_POOL, CLASS_POOL, PRIOR, CURVE, HOLES = range(10)
 
 
 def random_stream(seed: int, purpose: int, *counters: int) -> np.random.Generator:
@@ -66,6 +67,7 @@ class SampleSettings:
     hflip: bool
     augment: bool
     pool_size: int | None = None  # augmentations per photo with --cache_latents, else None
+    inpainting: bool = False  # the model is given images with holes beside the noise
 
 
 class TrainingSamples(Dataset):
@@ -118,6 +120,8 @@ class TrainingSamples(Dataset):
             prompts: n strings. views: n `View`s. mask: (1, h, w).
             pixel_values: (n, 3, H, W) in [-1, 1]. timesteps: (n,) int64. noise, posterior_noise: (n, C, h, w).
             time_ids: (n, 6) float32, how much of each image is shown, as `photo_time_ids` says; of the view, like its pixels.
+        For an inpainting model also holes: (n, 1, H, W) bool. hole_noise: (n, C, h, w), as posterior_noise, of the image
+        without its hole.
         """
         position, with_pixels = item
         s = self.settings
@@ -146,6 +150,15 @@ class TrainingSamples(Dataset):
             "timesteps": torch.from_numpy(rng.integers(s.num_train_timesteps, size=len(views))),
             "noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
             "posterior_noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
+            **(self._holes(position, shape) if s.inpainting else {}),
+        }
+
+    def _holes(self, position, shape):
+        """From a stream of their own: the rest of a sample is what it is for other models."""
+        rng = random_stream(self.settings.seed, HOLES, position)
+        return {
+            "holes": torch.stack([draw_hole(rng, self.settings.size) for _ in range(shape[0])]),
+            "hole_noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
         }
 
     def _rng(self, view):
@@ -202,7 +215,8 @@ def collate(samples: list[dict]) -> dict:
     """A batch in the order [photos..., class images...]; keys as in `TrainingSamples`, B samples of n images.
 
     prompts, views: n B entries. pixel_values: (n B, 3, H, W) of the samples that have them, in the order of
-    `pixel_views`. mask: (B, 1, h, w). time_ids: (n B, 6). timesteps: (n B,). noise, posterior_noise: (n B, C, h, w).
+    `pixel_views`. mask: (B, 1, h, w). time_ids: (n B, 6). timesteps: (n B,). noise, posterior_noise: (n B, C, h, w). For an
+    inpainting model also holes: (n B, 1, H, W). hole_noise: (n B, C, h, w).
     """
     num_images = len(samples[0]["views"])
 
@@ -220,6 +234,7 @@ def collate(samples: list[dict]) -> dict:
         "timesteps": torch.stack(in_order("timesteps")),
         "noise": torch.stack(in_order("noise")),
         "posterior_noise": torch.stack(in_order("posterior_noise")),
+        **{key: torch.stack(in_order(key)) for key in ("holes", "hole_noise") if key in samples[0]},
     }
 
 

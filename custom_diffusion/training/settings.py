@@ -3,13 +3,14 @@
 import argparse
 import math
 from importlib.metadata import version
-from pathlib import Path
 
 from custom_diffusion.cli.concepts import Concept
+from custom_diffusion.model.source import wherever_called_from
 
 # Flags that change the course of a run. Not here: where it writes, how it reports, how many processes compute it.
 _COURSE = [
     "pretrained_model_name_or_path",
+    "config_from",
     "revision",
     "variant",
     "tokenizer_name",
@@ -40,7 +41,7 @@ _COURSE = [
 # Recorded, but only their product with the number of processes matters.
 _SHARES_OF_A_STEP = ("train_batch_size", "gradient_accumulation_steps")
 # Settings that may name a folder of the user's computer, or else a Hub id.
-PLACES = ("pretrained_model_name_or_path", "tokenizer_name", "pretrained_vae_model_name_or_path")
+PLACES = ("pretrained_model_name_or_path", "config_from", "tokenizer_name", "pretrained_vae_model_name_or_path")
 # A checkpoint made under another value of these has other tensors, or tensors that mean something else.
 _MUST_AGREE = ("freeze_model", "modifier_tokens", "model_configuration", "use_8bit_adam", "prediction_type")
 
@@ -53,6 +54,7 @@ def run_settings(
     samples_per_step: int,
     model_configuration: str,
     resolution: int,
+    base_file: dict | None = None,
 ) -> dict:
     """Everything that the course of the run depends on, as plain JSON values.
 
@@ -61,6 +63,7 @@ def run_settings(
         samples_per_step: of all processes together.
         model_configuration: `ModelShape.configuration`, which stays the same wherever the model lies.
         resolution: in effect, whether the flag says so or the model's family.
+        base_file: `ModelShape.base_file`.
     """
     settings = {name: getattr(args, name) for name in (*_COURSE, *_SHARES_OF_A_STEP)}
     settings |= {
@@ -69,6 +72,7 @@ def run_settings(
         "model_configuration": model_configuration,
         "modifier_tokens": modifier_tokens,
         "resolution": resolution,
+        "base_file": base_file,
     }
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):
         settings["max_train_steps"] = args.max_train_steps
@@ -106,6 +110,11 @@ def check_resumable(before: dict, now: dict, warn) -> None:
             line = (
                 f"its model, '{before['pretrained_model_name_or_path']}', has other configuration files than this one"
             )
+        if name == "base_file":
+            if before.get(name) is None or now[name] is None or _same_file(before[name], now[name]):
+                continue  # a folder's copy in one file, whose configuration is compared; or another name
+            line = f"its model was another file ({_told(before[name])}) than this one ({_told(now[name])})"
+            raise ValueError(f"the checkpoint does not fit: {line}; use the same file, or another --output_dir")
         if name in must_agree:
             raise ValueError(f"the checkpoint does not fit: {line}; use the same flags, or another --output_dir")
         if name == "pretrained_model_name_or_path":
@@ -114,6 +123,14 @@ def check_resumable(before: dict, now: dict, warn) -> None:
             warn(f"resuming a different run: {line}; {_flags_that_keep(before[name], now)}")
         else:
             warn(f"resuming a different run: {line}")
+
+
+def _same_file(one, other):
+    return one | {"name": None} == other | {"name": None}
+
+
+def _told(file):
+    return f"'{file['name']}', {file['size']:,} bytes, header {file['header_sha256'][:12]}"
 
 
 def _flags_that_keep(samples_per_step, now):
@@ -127,33 +144,32 @@ def _flags_that_keep(samples_per_step, now):
     return f"to keep it, use --train_batch_size {batch_size} --gradient_accumulation_steps {share // batch_size}"
 
 
-def _wherever_called_from(place):
-    """A folder's absolute path; a Hub id, or None, as it is."""
-    return str(Path(place).resolve()) if place and Path(place).is_dir() else place
-
-
-def weights_config(settings: dict, step: int, validation_prompt: str | None, family: str) -> dict:
+def weights_config(
+    settings: dict, step: int, validation_prompt: str | None, family: str, *, inpainting: bool = False
+) -> dict:
     """The settings file of a trained folder, which the tools read. It names no photo: it is made to be handed on.
 
     Args:
         family: `Family.name`.
+        inpainting: the base model is one.
     """
     concepts = [
         {name: value for name, value in concept.items() if name != "photos"} | {"num_photos": len(concept["photos"])}
         for concept in settings["concepts"]
     ]
     return {
-        "base_model": _wherever_called_from(settings["pretrained_model_name_or_path"]),
+        "base_model": wherever_called_from(settings["pretrained_model_name_or_path"]),
         "revision": settings["revision"],
         "variant": settings["variant"],
+        "config_from": wherever_called_from(settings["config_from"]),
+        "base_file": settings["base_file"],
         "family": family,
+        "inpainting": inpainting,
         "freeze_model": settings["freeze_model"],
         "modifier_tokens": settings["modifier_tokens"],
         "concepts": concepts,
         "steps": step,
         "validation_prompt": validation_prompt,
-        "settings": settings
-        | {"concepts": concepts}
-        | {name: _wherever_called_from(settings[name]) for name in PLACES},
+        "settings": settings | {"concepts": concepts} | {name: wherever_called_from(settings[name]) for name in PLACES},
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
     }

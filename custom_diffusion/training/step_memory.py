@@ -19,7 +19,14 @@ from custom_diffusion.model.attention import install_trained_projections
 from custom_diffusion.model.concept_model import cast_frozen
 from custom_diffusion.model.frozen import replace_frozen_layers
 from custom_diffusion.model.loading import encoder_only, vae_dtype
-from custom_diffusion.model.source import NOT_DIFFUSERS, ModelSource, read_index, read_vae_config, vae_factor
+from custom_diffusion.model.source import (
+    NOT_DIFFUSERS,
+    ModelSource,
+    read_index,
+    read_unet_config,
+    read_vae_config,
+    vae_factor,
+)
 from custom_diffusion.model.text_encoders import TextEncoders
 from custom_diffusion.model.tokens import TokenEmbedding
 from custom_diffusion.training.latents import LatentEncoder
@@ -128,8 +135,7 @@ def count_step(source: ModelSource, settings: StepSettings) -> StepMemory:
 def fake_unet(source: ModelSource, settings: StepSettings, dtype: torch.dtype) -> UNet2DConditionModel:
     """The UNet as training has it."""
     with source.reading(NOT_DIFFUSERS):
-        config = UNet2DConditionModel.load_config(source.path, subfolder="unet", revision=source.revision)
-        unet = UNet2DConditionModel.from_config(config).train()
+        unet = UNet2DConditionModel.from_config(read_unet_config(source)).train()
     install_trained_projections(unet, settings.freeze_model)
     replace_frozen_layers(unet)
     cast_frozen(unet, dtype)
@@ -142,8 +148,9 @@ def fake_text_encoders(source: ModelSource, family: Family, dtype: torch.dtype) 
     """The text encoders with one new word each, and without tokenizers, whose files are not read."""
     encoders = []
     for part in family.texts:
-        with source.reading(NOT_DIFFUSERS):
-            config = AutoConfig.from_pretrained(source.path, subfolder=part.encoder, revision=source.revision)
+        described = source.described_by
+        with described.reading(NOT_DIFFUSERS):
+            config = AutoConfig.from_pretrained(described.path, subfolder=part.encoder, revision=described.revision)
             encoder = getattr(transformers, part.class_name)(config).requires_grad_(False)
         rows = torch.empty(1, config.hidden_size)
         encoder.set_input_embeddings(TokenEmbedding(encoder.get_input_embeddings(), config.vocab_size, rows))

@@ -13,6 +13,7 @@ from PIL import Image
 from custom_diffusion.errors import InputError
 from custom_diffusion.files import SAMPLES_DIR, whole_file
 from custom_diffusion.model.concept_model import ConceptModel
+from custom_diffusion.model.inpainting import all_hole, paints_holes
 from custom_diffusion.model.loading import load_vae
 from custom_diffusion.model.source import ModelSource
 from custom_diffusion.model.text_encoders import TextEncoders
@@ -48,7 +49,8 @@ class Validation:
 
     def pipeline(self, unet: UNet2DConditionModel, text: TextEncoders) -> DiffusionPipeline:
         """A pipeline over the given modules, without a safety checker; its VAE is loaded only if images are drawn."""
-        pipeline_class = getattr(diffusers, text.family.text_to_image)
+        family = text.family
+        pipeline_class = getattr(diffusers, family.inpainting if paints_holes(unet.config) else family.text_to_image)
         pipeline = pipeline_class(
             vae=self._load_vae(), unet=unet, scheduler=self.scheduler, **text.parts(), **self.pipeline_options
         )
@@ -94,6 +96,7 @@ class Validation:
                 width=self.size,
                 num_inference_steps=NUM_INFERENCE_STEPS,
                 generator=torch.Generator().manual_seed(self.seed + index),
+                **all_hole(pipeline, self.size, self.size),
             ).images[0]
             for index in range(self.num_images if pipeline.vae is not None else 0)
         ]

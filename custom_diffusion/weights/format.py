@@ -1,24 +1,30 @@
 """The trained folder: what it holds, how it is written and read."""
 
 import glob
-import io
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
 
 from custom_diffusion.errors import InputError, first_line
-from custom_diffusion.families import TOKEN_KEYS
+from custom_diffusion.families import FAMILIES, TOKEN_KEYS, Family
 from custom_diffusion.files import CONFIG_NAME, DELTAS_NAME, WEIGHTS_FILES, WEIGHTS_NAME, whole_file
 
 _KEY = re.compile(
     r"(?P<attention>.+\.attn2)\.processor\.(?P<projection>to_[qkv]|to_out)_custom_diffusion"
     r"(?P<index>\.0)?\.(?P<name>weight|bias)"
 )
+_METADATA = {"format": "pt"}
+_SAFETENSORS_TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,13 @@ class ConceptWeights:
     config: dict = field(default_factory=dict)
     deltas: dict[str, LowRankDelta] = field(default_factory=dict)
     token_widths: tuple[int, ...] = ()
+
+    @property
+    def family(self) -> Family:
+        """Of the base model: the settings name it, or else the words' rows tell."""
+        named = [family for family in FAMILIES if family.name == self.config.get("family")]
+        alike = [family for family in FAMILIES if len(family.texts) == max(len(self.token_widths), 1)]
+        return (named or alike)[0]
 
     def shapes(self) -> dict[str, torch.Size]:
         """The shape of every parameter that the weights bring, by name."""
@@ -157,7 +170,7 @@ def write_weights(folder: Path, weights: ConceptWeights, unet: UNet2DConditionMo
     self_attentions = [n.removesuffix(".processor") for n in unet.attn_processors if n.endswith(".attn1.processor")]
     for suffix in formats:
         if suffix == "safetensors":
-            save, empty = _save_safetensors, torch.zeros(0)
+            save, empty = save_tensors, torch.zeros(0)
         else:
             save, empty = save_state, {}
         if not weights.deltas:
@@ -168,21 +181,60 @@ def write_weights(folder: Path, weights: ConceptWeights, unet: UNet2DConditionMo
                 save(token_to_file(token, embedding, weights.token_widths), path)
     if weights.deltas:
         with whole_file(folder / DELTAS_NAME) as path:
-            _save_safetensors(deltas_to_file(weights), path)
+            save_tensors(deltas_to_file(weights), path)
     with whole_file(folder / CONFIG_NAME) as path:
         path.write_text(json.dumps(weights.config, indent=2) + "\n", encoding="utf-8")
 
 
-# Both are serialised in memory first: the libraries' own writers hide why a write failed, for example on a full disk.
-def _save_safetensors(state, path):
-    path.write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
+# Written here, not by the libraries' own writers: those hide why a write failed, for example on a full disk, and safetensors'
+# copies all tensors first.
+def save_tensors(state: dict[str, torch.Tensor], path: Path, metadata: Mapping[str, str] = _METADATA) -> None:
+    """A safetensors file, one tensor after the other. Raises OSError if it cannot be written."""
+    # Larger elements first, so that all are aligned; the rest of the order is the library's own.
+    names = sorted(state, key=lambda name: (-state[name].element_size(), name))
+    header, end = {"__metadata__": dict(metadata)}, 0
+    for name in names:
+        start, end = end, end + state[name].nbytes
+        kind, shape = _SAFETENSORS_TYPES[state[name].dtype], list(state[name].shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    line = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    line += b" " * (-len(line) % 8)
+    with path.open("wb") as file:
+        file.write(len(line).to_bytes(8, "little") + line)
+        for name in names:
+            file.write(state[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def save_state(state: dict, path: Path) -> None:
-    """`torch.save`. Raises OSError if the file cannot be written."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    path.write_bytes(buffer.getbuffer())
+    """`torch.save`, one tensor after the other. Raises OSError if the file cannot be written."""
+    with path.open("wb") as file:
+        watched = _Watched(file)
+        try:
+            torch.save(state, watched)
+        except Exception:
+            if watched.error is not None:
+                raise watched.error from None
+            raise
+
+
+class _Watched:
+    """A file that keeps why it could not be written: torch says something else."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data) -> int:
+        if self.error is not None:
+            raise self.error  # torch would go on, and then say that the archive has the wrong size
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def as_weights(weights: ConceptWeights | str | Path, flag: str = "weights") -> ConceptWeights:

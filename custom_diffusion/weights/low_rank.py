@@ -1,5 +1,6 @@
 """What training changed in each weight matrix, and how few numbers say nearly the same."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median_high
 
@@ -39,29 +40,43 @@ class Decomposition:
         return float(self.values[:rank].double().square().sum() / total) if total > 0 else 1.0
 
 
-def changes(weights: ConceptWeights, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """W - W0 of every weight matrix, (out, in) float32. Warns if `base` looks like another model's.
+def changes(weights: ConceptWeights, base: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, W - W0) of every weight matrix, (out, in) float32, one at a time. Warns if `base` looks like another model's.
 
     Args:
         base: the base model's parameters by name, float32.
     """
-    deltas = {n: tensor.float() - base[n] for n, tensor in weights.tensors.items() if tensor.dim() == 2}
-    deltas |= {name: delta.matrix() for name, delta in weights.deltas.items()}
-    trained = torch.cat([(base[name] + delta).flatten() for name, delta in deltas.items()])
-    before = torch.cat([base[name].flatten() for name in deltas])
+    names = [name for name, shape in weights.shapes().items() if len(shape) == 2]
+    _warn_of_another_model(weights, base, names)
+    for name in names:
+        yield name, _change(weights, base, name)
+
+
+def _change(weights, base, name):
+    return weights.deltas[name].matrix() if name in weights.deltas else weights.tensors[name].float() - base[name]
+
+
+def _warn_of_another_model(weights, base, names):
     # Not the angle between them: a merge may add far more than was there, if in a few directions.
-    share = (trained @ before / (before @ before)).item()
-    if share < MIN_SHARE:
-        warn(f"the weights hold {100 * share:.0f} % of the base model's; is it the right --model?")
-    return deltas
+    alike, before = 0.0, 0.0
+    for name in names:
+        trained, own = (base[name] + _change(weights, base, name)).flatten(), base[name].flatten()
+        alike += (trained @ own).item()
+        before += (own @ own).item()
+    if alike < MIN_SHARE * before:
+        warn(f"the weights hold {100 * alike / before:.0f} % of the base model's; is it the right --model?")
 
 
-def decompose(deltas: dict[str, torch.Tensor]) -> dict[str, Decomposition]:
-    """Singular value decomposition of every change."""
-    return {
-        name: Decomposition(*torch.linalg.svd(delta, full_matrices=False))
-        for name, delta in ProgressBar(deltas.items(), desc="Decomposing", unit="matrix")
-    }
+def decompose(change: torch.Tensor) -> Decomposition:
+    """Singular value decomposition of a change (out, in)."""
+    return Decomposition(*torch.linalg.svd(change, full_matrices=False))
+
+
+def decompositions(weights: ConceptWeights, base: dict[str, torch.Tensor]) -> Iterator[tuple[str, Decomposition]]:
+    """(name, `decompose`) of every matrix's change, one at a time: together they would be larger than the weights themselves."""
+    count = sum(len(shape) == 2 for shape in weights.shapes().values())
+    for name, change in ProgressBar(changes(weights, base), total=count, desc="Decomposing", unit="matrix"):
+        yield name, decompose(change)
 
 
 def full_tensors(weights: ConceptWeights, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
