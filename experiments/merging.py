@@ -274,6 +274,12 @@ def measure_seed(args: argparse.Namespace, pipe, seed: int) -> dict[str, dict]:
     return rows
 
 
+def untrained_losses(args: argparse.Namespace, pipe, seed: int) -> dict[str, float]:
+    """The new words of the untrained model are the one that they start from."""
+    file = kept_folder(args, seed) / "base.losses.json"
+    return runs.once(file, lambda: losses(pipe, dict.fromkeys(LOOKS, "ktn"), seed))
+
+
 def described(args: argparse.Namespace, pipe, seed: int, bases: dict[str, Base]) -> dict[str, float]:
     """What the untrained model gets for the best descriptions in words."""
     prompts = {name: base.prompt for name, base in bases.items()}
@@ -286,7 +292,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     pipe = demo.load_pipeline(model=args.model)
     measured = {seed: measure_seed(args, pipe, seed) for seed in runs.seeds(args)}
-    before = {seed: losses(pipe, dict.fromkeys(LOOKS, "ktn"), seed) for seed in measured}
+    before = {seed: untrained_losses(args, pipe, seed) for seed in measured}
     bases = read_baselines(args.model)
     seeds = [
         {"best description": described(args, pipe, seed, bases)}
