@@ -56,8 +56,8 @@ MODULES = {
     ],
     "weights/pipeline.py": ["test_weights.py", "test_compress.py"],
     "weights/low_rank.py": ["test_compress.py", "test_export.py"],
-    "weights/constraints.py": ["test_merge.py"],
-    "weights/text_features.py": ["test_merge.py"],
+    "weights/least_squares.py": ["test_merge.py"],
+    "model/text_features.py": ["test_merge.py"],
     "tools/merge.py": ["test_merge.py", *COMMANDS],
     "tools/export.py": ["test_export.py", *COMMANDS],
     "training/settings.py": [

@@ -196,16 +196,27 @@ def test_without_prior_preservation_the_rest_suffers(with_prior, without_prior):
     assert without_prior["after"]["leakage"] > with_prior[0]["after"]["leakage"]
 
 
+def experiment(name, folder):
+    """What an experiment finds with three seeds, as it writes it."""
+    command = [sys.executable, str(ROOT / f"experiments/{name}.py"), "--num_seeds", "3"]
+    subprocess.run([*command, "--work_dir", str(folder), "--docs", str(folder)], check=True, cwd=ROOT)
+    return json.loads((folder / f"{name}.json").read_text())
+
+
 @pytest.mark.slow
-def test_merging_and_compressing_keep_the_concepts(tmp_path):
-    command = [sys.executable, str(ROOT / "experiments/merge_and_compress.py"), "--num_seeds", "3"]
-    subprocess.run([*command, "--work_dir", str(tmp_path), "--docs", str(tmp_path)], check=True, cwd=ROOT)
-    results = json.loads((tmp_path / "merge_and_compress.json").read_text())
-    merge = {label: {key: one["mean"] for key, one in row.items()} for label, row in results["merge"].items()}
+def test_merging_keeps_the_concepts(tmp_path):
+    results = experiment("merging", tmp_path)
+    means = {
+        label: {key: one["mean"] for key, one in results[label].items()} for label in ("apart", "merged", "average")
+    }
     for name in concept.LOOKS:
-        assert merge["apart"][name] > merge["best description"][name] + CONCEPT_MARGIN
-        assert merge["merged"][name] >= 0.9 * merge["apart"][name]
-        assert merge["merged"][name] > merge["plain average"][name]
-    *smaller, full = [{key: one["mean"] for key, one in row.items()} for row in results["compress"].values()]
+        assert means["merged"][f"{name}, gain kept"] > max(80, means["average"][f"{name}, gain kept"])
+    assert means["merged"]["captions, loss"] < means["apart"]["captions, loss"]
+
+
+@pytest.mark.slow
+def test_compressing_keeps_the_concept(tmp_path):
+    rows = experiment("compressing", tmp_path)["compress"].values()
+    *smaller, full = [{key: one["mean"] for key, one in row.items()} for row in rows]
     fifth = max((row for row in smaller if row["bytes"] <= full["bytes"] / 5), key=lambda row: row["bytes"])
     assert abs(fifth["score"] - full["score"]) <= 0.03 * full["score"]

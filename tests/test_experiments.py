@@ -5,13 +5,18 @@ import math
 import sys
 
 import pytest
+import torch
 from launch import ROOT
 
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import merging
 import runs
 import stopping
 
+from custom_diffusion.model.loading import base_tensors, empty_unet, load_text
+from custom_diffusion.model.source import ModelSource
+from custom_diffusion.model.text_features import add_tokens, text_features
 from custom_diffusion.weights.format import read_weights
 
 
@@ -110,3 +115,23 @@ def test_stopping_is_compared_run_by_run():
     assert row["differences"]["prior"] == {"mean": 0.0, "standard error": 0.0}
     line = stopping.table_of([row]).splitlines()[2]
     assert line == "| circle | 500.0 ± 100.0 of 1000 | concept | 65.0 ± 5.0 | 62.0 ± 4.0 | -3.0 ± 1.0 |"
+
+
+def test_the_authors_solution_is_exact_in_their_sentences_and_not_in_others():
+    source, random = ModelSource(str(runs.MODEL)), torch.Generator().manual_seed(0)
+    text = load_text(source, torch.device("cpu"))
+    add_tokens(text, {word: torch.randn(sum(text.widths), generator=random) for word in runs.WORDS.values()})
+    names = [name for name, _ in empty_unet(source).named_parameters() if "mid_block" in name and "attn2.to_k" in name]
+    base = base_tensors(source, names)
+    parts = [{n: v + 0.1 * torch.randn(v.shape, generator=random) for n, v in base.items()} for _ in runs.WORDS]
+    specs = merging.class_specs("circle") + merging.class_specs("square")
+    merged = merging.authors_solution(text, base, parts, [spec.caption() for spec in specs])
+    for part, (name, word) in zip(parts, runs.WORDS.items()):
+        for sentence, exact in (("{}", True), ("a photo of {}", True), ("photo of a {} on a navy background", False)):
+            ids, features = text_features(text, [sentence.format(f"{word} {name}")])
+            start = ids[0].tolist().index(text.tokenizers[0].convert_tokens_to_ids(word))
+            rows = features[0, start : start + 3].float()  # the word, its class, and the end token or what follows
+            same = [torch.allclose(rows @ merged[n].T, rows @ part[n].T, atol=1e-3) for n in base]
+            assert all(same) if exact else not any(same)
+    told = merging.lost(text, base, parts, merged)
+    assert 0 < told["lost, prompt"] < told["lost, background"]

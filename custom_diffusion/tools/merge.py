@@ -2,8 +2,8 @@
 
   custom-diffusion merge cat pot --captions real_reg/samples_cat real_reg/samples_pot --output cat-pot
 
-Every concept keeps what its own words do, exactly, and ordinary captions change as little as possible (Custom Diffusion,
-equations 4 and 5). Tokens that clash are renamed.
+Every concept's own words keep doing what they did, in many sentences, as far as ordinary captions and the other concepts
+let them: the least squares of Custom Diffusion's equations 4 and 5. Tokens that clash are renamed.
 """
 
 from __future__ import annotations
@@ -24,15 +24,21 @@ from custom_diffusion.cli.tool_flags import (
 )
 from custom_diffusion.errors import InputError, warn
 from custom_diffusion.files import whole_folder
+from custom_diffusion.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from custom_diffusion.model.source import ModelSource
-    from custom_diffusion.weights.constraints import LayerReport
-    from custom_diffusion.weights.format import ConceptWeights
+    import torch
 
-# Above these, a merge is suspect: features that nearly depend on one another force large changes elsewhere.
-MAX_CONDITIONING = 1e10
-MAX_CHANGE = 0.5
+    from custom_diffusion.model.source import ModelSource
+    from custom_diffusion.model.text_encoders import TextEncoders
+    from custom_diffusion.weights.format import ConceptWeights
+    from custom_diffusion.weights.least_squares import LayerReport
+
+# Above this share of the trained change, little of a concept is left.
+MAX_LOST = 0.8
+CONTEXTS = 50  # sentences about a concept to fit to, each with two beginnings: more change little
+HELD_OUT = 5  # one in so many is kept back, to tell how well the others were enough
+OPENINGS = ("", "a ", "a photo of ")  # that prompts have besides the one of training
 SENTENCES = (
     "a {}", "{}", "photo of a {}", "a photo of the {}", "a picture of one {} on a table", "two {}s in a garden",
     "a painting of a {} by the sea", "the {} in front of a house", "a small {} on the street at night",
@@ -106,12 +112,11 @@ def merge(
     """
     import torch
 
-    from custom_diffusion.model.loading import base_tensors, empty_unet_for, load_text_encoder, load_tokenizer
+    from custom_diffusion.model.loading import base_tensors, empty_unet_for, load_text
     from custom_diffusion.model.source import base_of
-    from custom_diffusion.weights.constraints import Contradiction, distinct_words, merge_layers
+    from custom_diffusion.model.text_features import add_tokens
     from custom_diffusion.weights.format import ConceptWeights, as_weights, write_weights
     from custom_diffusion.weights.low_rank import full_tensors
-    from custom_diffusion.weights.text_features import add_tokens, concept_words
 
     check_output_folder(output)
     parts = [as_weights(part) for part in weights]
@@ -125,49 +130,63 @@ def merge(
         unet = empty_unet_for(part, source)
         if part.shapes().keys() != parts[0].shapes().keys():
             raise InputError(f"weights: '{name}' and '{names[0]}' are for different layers of the model")
-    tokenizer, text_encoder = load_tokenizer(source), load_text_encoder(source, torch.device("cpu"))
-    parts, renamed = rename_clashing(parts, set(tokenizer.get_vocab()))
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    text = load_text(source, device)
+    parts, renamed = rename_clashing(parts, set().union(*(tokenizer.get_vocab() for tokenizer in text.tokenizers)))
     for name, changed in zip(names, renamed):
         for old, new in changed.items():
             print(f"{name}: {old} is now {new}")
-    add_tokens(tokenizer, text_encoder, {token: row for part in parts for token, row in part.tokens.items()})
+    tokens = {token: row for part in parts for token, row in part.tokens.items()}
+    add_tokens(text, tokens)
     ordinary = regularisation_captions(parts, captions, max_captions)
-    words = [concept_words(tokenizer, text_encoder, part) for part in parts]
     base = base_tensors(source, parts[0].shapes())
     matrices = [full_tensors(part, base) for part in parts]
+    refuse_contradictions(text, names, parts, matrices)
+    tensors, reports = solve(text, parts, ordinary, matrices, base)
+    config = merged_config(names, source, parts, renamed)
+    merged = ConceptWeights(tensors, tokens, config, token_widths=parts[0].token_widths)
+    with whole_folder(Path(output)) as folder:
+        write_weights(folder, merged, unet, ("safetensors", "bin"))
+    print_reports(names, reports)
+    print(f"{output}: {', '.join(merged.tokens)}")
+    return reports
+
+
+def refuse_contradictions(
+    text: TextEncoders, names: list[str], parts: list[ConceptWeights], matrices: list[dict]
+) -> None:
+    """Raises InputError if two concepts want different things of words that both have."""
+    from custom_diffusion.model.text_features import concept_words
+    from custom_diffusion.weights.least_squares import Contradiction, check_contradictions
+
+    words = [concept_words(text, [phrase for _, phrase, _ in phrases(part)], list(part.tokens)) for part in parts]
     try:
-        words = distinct_words(words, matrices)
+        check_contradictions(words, matrices)
     except Contradiction as error:
         raise InputError(
             f"weights: '{names[error.first]}' and '{names[error.second]}' want different things of the same words; are "
             "they of one concept? Merge one of them"
         ) from None
-    constraints = make_constraints(tokenizer, text_encoder, ordinary, words)
-    tensors, reports = merge_layers(constraints, words, matrices, base)
-    merged = ConceptWeights(tensors, {t: row for part in parts for t, row in part.tokens.items()})
-    merged.config = merged_config(names, source, parts, renamed)
-    with whole_folder(Path(output)) as folder:
-        write_weights(folder, merged, unet, ("safetensors", "bin"))
-    print_reports(reports)
-    print(f"{output}: {', '.join(merged.tokens)}")
-    return reports
 
 
-def make_constraints(tokenizer, text_encoder, captions: list[str], words: list):
-    """What the merge must keep of the concepts' words, and should keep of ordinary captions; else InputError."""
-    import torch
+def solve(
+    text: TextEncoders, parts: list[ConceptWeights], captions: list[str], matrices: list[dict], base: dict
+) -> tuple[dict[str, torch.Tensor], dict[str, LayerReport]]:
+    """The merged matrices and how well each does, by name."""
+    from custom_diffusion.model.text_features import moments
+    from custom_diffusion.weights.least_squares import LeastSquares, merge_layers
 
-    from custom_diffusion.weights.constraints import Constraints
-    from custom_diffusion.weights.text_features import caption_moments
-
-    regularisation = caption_moments(tokenizer, text_encoder, captions)
-    try:
-        constraints = Constraints(regularisation, torch.cat(words))
-    except ValueError as error:
-        raise InputError(f"weights: {error}; merge fewer concepts, or ones with shorter prompts") from None
-    if constraints.rank < len(regularisation):
-        warn(f"the captions span {constraints.rank} of {len(regularisation)} text features; more --captions do better")
-    return constraints
+    groups = [(captions, None), ([""], None)]
+    for part in parts:
+        prompts, tokens = concept_prompts(part, captions), list(part.tokens)
+        groups.append((prompts[HELD_OUT - 1 :: HELD_OUT], tokens))
+        del prompts[HELD_OUT - 1 :: HELD_OUT]
+        groups.append((prompts, tokens))
+    reading = ProgressBar(groups, desc="Reading prompts", unit="group")
+    ordinary, unguided, *concepts = (moments(text, prompts, tokens) for prompts, tokens in reading)
+    held_out, fitted = concepts[::2], concepts[1::2]
+    # Every image is drawn with the empty prompt too, for guidance: it weighs as much as all the captions.
+    return merge_layers(LeastSquares(fitted, ordinary + unguided), matrices, base, held_out, ordinary)
 
 
 def common_config(names: list[str], parts: list[ConceptWeights], model: str | None) -> dict:
@@ -264,22 +283,60 @@ def regularisation_captions(parts: list[ConceptWeights], captions: list[str | Pa
     return list(dict.fromkeys(in_turn))[:max_captions]
 
 
-def print_reports(reports: dict[str, LayerReport]) -> None:
-    """A table, and warnings where a merge is suspect."""
-    print(f"{'layer':<72} residual  change on captions  conditioning")
-    for name, report in reports.items():
-        short = name.removesuffix(".weight")
-        print(f"{short:<72} {report.residual:8.1e}  {report.change:18.4f}  {report.conditioning:12.1e}")
-    worst = max(reports.values(), key=lambda report: report.conditioning)
-    if worst.conditioning > MAX_CONDITIONING:
-        warn(
-            f"the merge is ill-conditioned ({worst.conditioning:.1e}): words of the concepts have nearly the same features"
-        )
-    changed = [name for name, report in reports.items() if report.change > MAX_CHANGE]
+def phrases(part: ConceptWeights) -> list[tuple[str, str, str | None]]:
+    """Of each concept what its prompt says before it, how it is called, and its class: "photo of a ", "<new1> cat", "cat"."""
+    found = []
+    for concept in part.config["concepts"]:
+        prompt, name = concept["instance_prompt"], concept.get("class_prompt")
+        spans = [(prompt.index(token), prompt.index(token) + len(token)) for token in part.tokens if token in prompt]
+        if not spans:
+            continue
+        if name and (match := re.search(rf"\b{re.escape(name)}\b", prompt)):
+            spans.append(match.span())
+        start, end = min(spans)[0], max(end for _, end in spans)
+        found.append((prompt[:start], prompt[start:end], name))
+    unmentioned = [token for token in part.tokens if not any(token in phrase for _, phrase, _ in found)]
+    return found + [("", token, None) for token in unmentioned]
+
+
+def contexts(class_name: str | None, captions: list[str]) -> list[tuple[str, str]]:
+    """What stands before and after the class's name in captions; where too few have it, in sentences made for it."""
+    found = []
+    if class_name:
+        pattern = re.compile(rf"\b{re.escape(class_name)}\b", re.IGNORECASE)
+        matches = [(caption, pattern.search(caption)) for caption in captions]
+        found = [(caption[: m.start()], caption[m.end() :]) for caption, m in matches if m][:CONTEXTS]
+    return found if len(found) >= len(SENTENCES) else found + [tuple(s.split("{}")) for s in SENTENCES]
+
+
+def concept_prompts(part: ConceptWeights, captions: list[str]) -> list[str]:
+    """Sentences about the concepts of these weights, each once: the prompts of training, and captions that name the class."""
+    from custom_diffusion.training.augmentation import PROMPT_PREFIXES
+
+    prompts = [prefix + concept["instance_prompt"] for concept in part.config["concepts"] for prefix in PROMPT_PREFIXES]
+    for before, phrase, class_name in phrases(part):
+        beginnings = [*OPENINGS, *(prefix + before for prefix in PROMPT_PREFIXES)]
+        prompts += [beginning + phrase for beginning in beginnings]
+        for i, (start, end) in enumerate(contexts(class_name, captions)):
+            prompts += [start + phrase + end, beginnings[i % len(beginnings)] + phrase + end]
+    return list(dict.fromkeys(prompts))
+
+
+def print_reports(names: list[str], reports: dict[str, LayerReport]) -> None:
+    """A table, what is left of each concept, and warnings where that is little."""
+    width = max(len(name) for name in reports)
+    print(f"{'layer':<{width}}  {'  '.join(f'lost of {name}' for name in names)}  change on captions  in training")
+    for layer, report in reports.items():
+        lost = "  ".join(f"{share:>{len(name) + 8}.3f}" for name, share in zip(names, report.lost))
+        print(f"{layer:<{width}}  {lost}  {report.change:18.4f}  {report.trained_change:11.4f}")
+    for name, shares in zip(names, zip(*(report.lost for report in reports.values()))):
+        mean = sum(shares) / len(shares)
+        print(f"{name}: {mean:.2f} of the trained change is lost, in sentences that were not fitted to")
+        if mean > MAX_LOST:
+            warn(f"the merge keeps little of '{name}': the concepts want too different things of too similar words")
+    changed = [name for name, report in reports.items() if report.change > report.trained_change]
     if changed:
-        warn(
-            f"{len(changed)} of {len(reports)} matrices change ordinary captions by more than {100 * MAX_CHANGE:.0f} %"
-        )
+        warn(f"{len(changed)} of {len(reports)} matrices change ordinary captions by more than training did")
 
 
 def merged_config(
