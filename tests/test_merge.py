@@ -10,7 +10,7 @@ from fake_concept import draw, make_concept, open_pipeline, run_tool
 from custom_diffusion import load_custom_diffusion, merge
 from custom_diffusion.errors import InputError
 from custom_diffusion.model.loading import base_tensors, load_text
-from custom_diffusion.model.source import ModelSource
+from custom_diffusion.model.source import ModelSource, base_of
 from custom_diffusion.model.text_features import (
     BATCH_SIZE,
     add_tokens,
@@ -319,6 +319,16 @@ def test_contradictory_wishes_are_refused(merged, tiny_model):
     with pytest.raises(InputError, match="'cat' and 'concept 2' want different things of the same words"):
         merge([merged / "cat", other], output=merged / "never")
     assert not (merged / "never").exists()
+
+
+def test_a_merged_folder_is_drawn_with_the_vae_and_the_prediction_of_its_concepts(merged, tiny_model, tmp_path):
+    parts = [read_weights(merged / name) for name in ("cat", "pot")]
+    for part in parts:
+        vae = {"pretrained_vae_model_name_or_path": str(tiny_model / "vae"), "prediction_type": "v_prediction"}
+        part.config["settings"] = part.config.get("settings", {}) | vae
+    merge(parts, captions=[merged / "captions.txt"], output=tmp_path / "both")
+    source = base_of(read_weights(tmp_path / "both").config, None, None, None)
+    assert source.vae == str(tiny_model / "vae") and source.prediction_type == "v_prediction"
 
 
 def test_a_merge_without_files_in_between_says_how_well_it_went(merged, tiny_model, tmp_path, capsys):

@@ -358,5 +358,7 @@ def merged_config(
             }
             for name, part, new_names in zip(names, parts, renamed)
         ],
+        # As what the concepts were trained with, which drawing takes too
+        "settings": {"pretrained_vae_model_name_or_path": source.vae, "prediction_type": source.prediction_type},
         "versions": parts[0].config.get("versions", {}),
     }
