@@ -134,6 +134,6 @@ def test_a_vae_that_overflows_decodes_in_full_precision(overflowing, tmp_path):
     random = torch.Generator().manual_seed(42)
     image = pipe(PROMPT, negative_prompt="a pot", num_inference_steps=1, guidance_scale=6.0, generator=random).images[0]
     assert np.abs(pixels(tmp_path / "half.png") - np.asarray(image)).mean() < 2
-    pipe.vae.half().register_to_config(force_upcast=False)
+    pipe.to(torch.float16).vae.register_to_config(force_upcast=False)
     black = pipe(PROMPT, num_inference_steps=1, generator=random).images[0]
     assert np.asarray(black).max() == 0  # what it would be otherwise
