@@ -171,7 +171,9 @@ def row_of(
     Args:
         kept: what was measured of some weights. apart: of the concepts trained apart. before: the losses of the untrained model.
     """
-    row = {name: kept[name] for name in LOOKS} | {key: kept[key] for key in kept if key.endswith("other sentences")}
+    row = {name: kept[name] for name in LOOKS} | {
+        key: kept[key] for name in LOOKS if (key := f"{name}, other sentences") in kept
+    }
     row["prior_class"] = float(np.mean([rescaled_prior(kept[f"{name}, class"], bases[name]) for name in LOOKS]))
     row["leakage"] = float(np.mean([kept[f"{name}, leakage"] for name in LOOKS]))
     for name in LOOKS:
