@@ -60,8 +60,8 @@ def checkpoints(world):
 
 
 def drawn(output):
-    """Every image's modification time and bytes."""
-    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in output.rglob("*.png")}
+    """Every drawn image's modification time and bytes."""
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in output.rglob("images/*/*.png")}
 
 
 def error_of(capsys, *argv):

@@ -43,6 +43,10 @@ def weight_files(*tokens, formats=("safetensors", "bin")):
     return {f"{name}.{suffix}" for name in names for suffix in formats} | {"custom_diffusion_config.json"}
 
 
+def result_files(*tokens, **formats):
+    return weight_files(*tokens, **formats) | {"curve.png", "curve.json"}
+
+
 def checkpoint_files(step, *tokens, suffix="safetensors"):
     names = weight_files(*tokens, formats=(suffix,)) | {"training_state.pt", "checkpoint.json"}
     return {f"checkpoint-{step}/{name}" for name in names}
@@ -78,7 +82,7 @@ def cat(tiny_model, pictures, tmp_path_factory):
 
 def test_cat_files(cat):
     shown = samples("step-000000") | samples("step-000002") | samples("final")
-    assert files_of(cat) == weight_files("<new1>") | checkpoint_files(3, "<new1>") | shown
+    assert files_of(cat) == result_files("<new1>") | checkpoint_files(3, "<new1>") | shown
     config = json.loads((cat / "custom_diffusion_config.json").read_text())
     assert config["modifier_tokens"] == ["<new1>"]
     assert config["concepts"][0]["instance_prompt"] == "photo of a <new1> cat"
@@ -142,7 +146,7 @@ def test_cat_and_wooden_pot(tmp_path, tiny_v_model, pictures):
     }  # fmt: skip
     run(ACCELERATE, arguments, tmp_path / "run.log").ok()
     tokens = ("<new1>", "<new2>")
-    assert files_of(out) == weight_files(*tokens, formats=("bin",)) | checkpoint_files(4, *tokens, suffix="bin")
+    assert files_of(out) == result_files(*tokens, formats=("bin",)) | checkpoint_files(4, *tokens, suffix="bin")
     ours, theirs = make_pipeline(tiny_v_model), make_pipeline(tiny_v_model)
     prompt = "the <new2> pot and the <new1> cat"
     base = draw(ours, prompt)
@@ -166,7 +170,7 @@ def test_person(tmp_path, tiny_model, pictures):
         "gradient_checkpointing": True, "learning_rate": 5e-4, "sample_batch_size": 2,
     }  # fmt: skip
     run(ACCELERATE, arguments, tmp_path / "run.log").ok()
-    assert files_of(out) == weight_files("<new1>")
+    assert files_of(out) == result_files("<new1>")
     assert len(list((tmp_path / "generated").glob("*.jpg"))) == 3
     pipeline = make_pipeline(tiny_model)
     base = draw(pipeline, "photo of a <new1> person")
@@ -192,7 +196,7 @@ def test_two_concepts_with_two_text_encoders(tmp_path, tiny_xl_model, pictures):
     run(FORKED, arguments, tmp_path / "run.log").ok()
     tokens = ("<new1>", "<new2>")
     shown = samples("step-000000", 1) | samples("final", 1)
-    assert files_of(out) == weight_files(*tokens) | checkpoint_files(4, *tokens) | shown
+    assert files_of(out) == result_files(*tokens) | checkpoint_files(4, *tokens) | shown
     weights, again = read_weights(out), read_weights(out / "checkpoint-4")
     assert weights.token_widths == (32, 40) and weights.config["family"] == "Stable Diffusion XL"
     assert all(torch.equal(row, again.tokens[token]) for token, row in weights.tokens.items())
@@ -226,7 +230,7 @@ def test_without_modifier_token_and_prior(tmp_path, tiny_model, pictures):
     arguments.pop("max_train_steps")
     output = run(FORKED, arguments, tmp_path / "run.log").ok()
     assert "for 4 optimizer steps" in output  # 2 epochs of 4 photos by 2
-    assert files_of(out) == weight_files()
+    assert files_of(out) == result_files()
     pipeline = make_pipeline(tiny_model)
     base = draw(pipeline, "a wooden pot")
     load_custom_diffusion(pipeline, out)
