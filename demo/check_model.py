@@ -42,15 +42,19 @@ def score_pairs(pipeline: DiffusionPipeline, specs: list[world.PairSpec], seed: 
     return {**scores, "all": round(100 * float(np.mean(whole)), 1)}
 
 
+def is_cut(image: np.ndarray) -> bool:
+    """Whether the thing in an image (64, 64, 3) uint8 reaches the frame."""
+    mask = foreground(image)[1]
+    return bool(mask[:, :2].any() or mask[:, -2:].any() or mask[:2].any() or mask[-2:].any())
+
+
 def score_crops(pipeline: StableDiffusionXLPipeline, specs: list[world.Spec], seed: int) -> dict[str, float]:
     """Percent of images whose thing reaches the frame, asked for whole and asked for as cropped by `CROP`."""
     captions = [spec.caption() for spec in specs]
     shares = {}
     for name, crop in (("whole", (0, 0)), ("cropped", CROP)):
         images = generate(functools.partial(pipeline, crops_coords_top_left=crop), captions, seed)
-        masks = [foreground(image)[1] for image in images]
-        cut = [mask[:, :2].any() or mask[:, -2:].any() or mask[:2].any() or mask[-2:].any() for mask in masks]
-        shares[name] = round(100 * float(np.mean(cut)), 1)
+        shares[name] = round(100 * float(np.mean([is_cut(image) for image in images])), 1)
     return shares
 
 

@@ -176,14 +176,16 @@ def trained(
     return folder / "weights"
 
 
-def scored(weights: Path, seed: int, base: Base, model: Path = MODEL, file: Path | None = None) -> dict[str, float]:
+def scored(
+    weights: Path, seed: int, base: Base, model: Path = MODEL, file: Path | None = None, word: str = "<new1>"
+) -> dict[str, float]:
     """`concept.scores` of a run of `trained`, kept beside its weights or in `file`.
 
     Each seed has images of its own, as they vary too.
     """
 
     def measure():
-        return concepts.scores(demo.load_pipeline(weights, model.resolve()), "<new1>", seed, base)
+        return concepts.scores(demo.load_pipeline(weights, model.resolve()), word, seed, base)
 
     return once(file or weights.parent / "scores.json", measure)
 
