@@ -35,6 +35,8 @@ MODEL = Path("demo/model")
 PHOTOS = Path("demo/photos")
 CLASS_IMAGES = Path("demo/class_images")
 OUTPUT = Path("demo/output")
+# Class images, and how many of them training shows: the others tell the curve what is forgotten
+NUM_CLASS_IMAGES, SHOWN = 120, 100
 ROWS = (  # of the contact sheet: what is asked of the model before, and after
     ("photo of a ktn circle on a black background", "photo of a <new1> circle on a black background"),
     ("photo of a ktn circle on a white background", "photo of a <new1> circle on a white background"),
@@ -62,7 +64,7 @@ def run(command: list[str]) -> None:
 def retrieve_class_images(output: Path) -> Path:
     folder = output / "class_circle"
     run([
-        "retrieve.py", "--class_prompt", "circle", "--class_data_dir", str(folder), "--num_class_images", "100",
+        "retrieve.py", "--class_prompt", "circle", "--class_data_dir", str(folder), "--num_class_images", str(NUM_CLASS_IMAGES),
         "--dataset", str(CLASS_IMAGES), "--min_size", "64",
     ])  # fmt: skip
     return folder
@@ -99,7 +101,7 @@ def training_flags(
     if class_data_dir:
         flags += [
             "--with_prior_preservation", "--real_prior", "--prior_loss_weight", "1.0", "--class_prompt", class_word,
-            "--class_data_dir", str(class_data_dir), "--num_class_images", "100",
+            "--class_data_dir", str(class_data_dir), "--num_class_images", str(SHOWN),
         ]  # fmt: skip
     return flags
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The Custom Diffusion trainer authors. Licensed under the Apache License, Version 2.0.
 """The small Stable Diffusion and the small SDXL taught the same, side by side: `python experiments/families.py`.
 
-The circle alone, and the circle and the square in one run, from the same photos, class images and flags. Prints the table and
-writes docs/families.json. An hour of one core; what is there is used again.
+The circle alone, and the circle and the square in one run, from the same photos, class images and flags, scored on the way and at
+the end. Prints the table and writes docs/families.json. An hour of one core; what is there is used again.
 """
 
 import argparse
@@ -10,39 +10,56 @@ from pathlib import Path
 
 import runs  # finds the demo
 import torch
-from concept import LOOK
+from concept import LOOK, concept_score
+
+import demo
+from custom_diffusion.files import checkpoint_path
 
 MODELS = (runs.MODEL, runs.ROOT / "demo/model_sdxl")
-SCORES = ("concept", "prior", "prior_class", "leakage")
+STEPS = (100, 250, 500)
+SCORES = ("concept", "leakage", "prior_class", "prior", "circle of both", "square of both")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runs.add_flags(parser, "families", num_seeds=8)
-    parser.set_defaults(steps=500)
+    parser.set_defaults(steps=STEPS[-1])
     parser.add_argument("--docs", type=Path, default=runs.ROOT / "docs")
     return parser.parse_args()
 
 
+def at(weights: Path, step: int, steps: int) -> Path:
+    """The weights that a run of so many steps had after `step` of them."""
+    return weights if step == steps else checkpoint_path(weights, step)
+
+
 def measure(args: argparse.Namespace, model: Path, seed: int) -> dict[str, dict[str, float]]:
-    """The scores of the circle alone, and of either concept in the run that taught both."""
+    """After each of STEPS the circle's scores, and the concept scores of both where one run taught them."""
     bases, work_dir = runs.baselines.read(model), args.work_dir / model.name
     alone = runs.trained(work_dir, LOOK.shape, seed, args.steps, threads=args.threads, model=model)
-    found = {f"{LOOK.shape} alone": runs.scored(alone, seed, bases[LOOK.shape], model)}
     both = runs.trained(work_dir, runs.JOINT, seed, args.steps, threads=args.threads, model=model)
-    for name, word in runs.WORDS.items():
-        file = both.parent / f"scores-{name}.json"
-        found[f"{name} of both"] = runs.scored(both, seed, bases[name], model, file, word)
+    found = {}
+    for step in STEPS:
+        file = alone.parent / f"scores-{step}.json"
+        scores = runs.scored(at(alone, step, args.steps), seed, bases[LOOK.shape], model, file)
+
+        def of_both(weights=at(both, step, args.steps)):
+            pipe = demo.load_pipeline(weights, model)
+            return {
+                f"{name} of both": round(concept_score(pipe, f"{word} {name}", name, seed), 1)
+                for name, word in runs.WORDS.items()
+            }
+
+        found[str(step)] = scores | runs.once(both.parent / f"concepts-{step}.json", of_both)
     return found
 
 
 def table_of(results: dict[str, dict[str, dict]]) -> str:
     """Markdown."""
-    lines = [["of 100", "", "best description", *SCORES]]
-    for model, by_run in results.items():
-        for run, summary in by_run.items():
-            described = f"{summary['concept_baseline']['mean']:.1f}"
-            lines.append([f"`{model}`", run, described, *(runs.cell(summary[key]["values"]) for key in SCORES)])
+    lines = [["", "steps", *SCORES]]
+    for model, by_step in results.items():
+        for step, summary in by_step.items():
+            lines.append([f"`{model}`", step, *(runs.cell(summary[key]["values"]) for key in SCORES)])
     return runs.table(lines)
 
 
@@ -54,7 +71,7 @@ def main() -> None:
         for model in MODELS:
             found[model.name].append(measure(args, model, seed))
     results = {
-        model: {run: runs.summary([one[run] for one in seeds]) for run in seeds[0]} for model, seeds in found.items()
+        model: {step: runs.summary([one[step] for one in seeds]) for step in seeds[0]} for model, seeds in found.items()
     }
     runs.write_json(args.docs / "families.json", results)
     print("\n" + table_of(results))

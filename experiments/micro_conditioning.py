@@ -2,7 +2,7 @@
 """Whether telling an SDXL how each photo was cropped keeps crops out of its images: `python experiments/micro_conditioning.py`.
 
 Photos of the demo's concept, wider than high: the square that training shows of one cuts the thing off two times in three. Trained
-with the crops told, as the training script tells them, and untold, every photo passed off as whole (`untold_crops.py`). Both are
+with the crops told, as the training script tells them, and untold, every photo passed off as whole (`variants.py`). Both are
 then asked for whole images. Writes docs/micro_conditioning.json. Twenty minutes of one core; what is there is used again.
 """
 
@@ -23,7 +23,7 @@ import demo
 
 MODEL = runs.ROOT / "demo/model_sdxl"
 WIDTH = 96  # pixels of a photo that is 64 high
-SIDES = {"told": runs.SCRIPT, "untold": runs.ROOT / "experiments/untold_crops.py"}
+SIDES = {"told": (runs.SCRIPT,), "untold": (runs.VARIANTS, "photos-as-whole")}
 ASKED = {"whole": (0, 0), "cropped": CROP}  # top and left
 IMAGES_PER_PLACE = 4
 

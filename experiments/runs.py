@@ -34,9 +34,9 @@ from custom_diffusion.files import whole_file
 
 MODEL = ROOT / demo.MODEL
 SCRIPT = ROOT / "train_custom_diffusion.py"
+VARIANTS = ROOT / "experiments/variants.py"
 FLAGS = ("--noaug", "--cache_latents")
-# How often a run is measured and kept, and of the class images those that measure what is forgotten: training shows 100
-CHECKPOINTING_STEPS, NUM_CLASS_IMAGES, SHOWN = 50, 120, 100
+CHECKPOINTING_STEPS = 50
 JOINT = "joint"
 WORDS = {"circle": "<new1>", "square": "<new2>"}  # where both are in one folder
 
@@ -95,7 +95,7 @@ def photos(work_dir: Path, concept: str) -> Path:
     return folder
 
 
-def class_images(work_dir: Path, concept: str, num_images: int = NUM_CLASS_IMAGES) -> Path:
+def class_images(work_dir: Path, concept: str, num_images: int = demo.NUM_CLASS_IMAGES) -> Path:
     """The folder, in the layout of `retrieve.py`, with ordinary images of the concept's class, none of its colour."""
     folder = work_dir / concept / "class"
     if (folder / "urls.txt").is_file():
@@ -111,7 +111,8 @@ def class_images(work_dir: Path, concept: str, num_images: int = NUM_CLASS_IMAGE
         plain = world.Spec(spec.shape, None, spec.edge, spec.background)
         captions.append((spec if rng.random() < 0.5 else plain).caption())
     (folder / "caption.txt").write_text("".join(f"{caption}\n" for caption in captions))
-    for name, line in (("images", "images/{}.png\n"), ("urls", "https://example.org/{}.png\n")):
+    # Whole paths: the reference script looks for others where it was started.
+    for name, line in (("images", f"{folder.resolve()}/images/{{}}.png\n"), ("urls", "https://example.org/{}.png\n")):
         (folder / f"{name}.txt").write_text("".join(line.format(i) for i in range(num_images)))
     return folder
 
@@ -140,20 +141,20 @@ def trained(
     flags: Sequence[str] = FLAGS,
     threads: int = 1,
     model: Path = MODEL,
-    script: Path = SCRIPT,
+    script: tuple[Path | str, ...] = (SCRIPT,),
 ) -> Path:
     """The folder of trained weights, trained now if they are not there.
 
     Args:
         concept: name in LOOKS, for <new1>; or JOINT, for both in one run, with the words of WORDS.
         flags: of the training script, besides and over those of the demo.
-        script: what trains; a peer's may stand in that knows the same flags.
+        script: what trains, the words before the flags; a peer's may stand in that knows the same flags.
     Raises:
         SystemExit: what is there was trained otherwise. The number of threads may differ, though it moves scores a little.
     """
     folder = (work_dir / concept / f"seed-{seed}").resolve()
     settings = {"seed": seed, "steps": steps, "flags": list(flags), "model": baselines.fingerprint(model)}
-    settings["script"] = script.name if script == SCRIPT else str(script.resolve())
+    settings["script"] = SCRIPT.name if script == (SCRIPT,) else " ".join(map(str, script))
     note = folder / "run.json"
     if note.is_file():
         before = json.loads(note.read_text())
@@ -164,14 +165,15 @@ def trained(
     folder.mkdir(parents=True, exist_ok=True)
     of = next(iter(LOOKS)) if concept == JOINT else concept
     # A peer's checkpoints are large, and it may refuse class images that it does not show.
-    every, num_class_images = (CHECKPOINTING_STEPS, NUM_CLASS_IMAGES) if script == SCRIPT else (steps + 1, SHOWN)
+    ours = script[0] in (SCRIPT, VARIANTS)
+    every, num_class_images = (CHECKPOINTING_STEPS, demo.NUM_CLASS_IMAGES) if ours else (steps + 1, demo.SHOWN)
     command = demo.training_flags(
         folder / "weights", of, photos(work_dir, of).resolve(), class_images(work_dir, of, num_class_images).resolve(),
         steps, seed=seed, model=model.resolve(),
     )  # fmt: skip
     command += ["--checkpointing_steps", str(every)]
     command += [*(joint_flags(work_dir, num_class_images) if concept == JOINT else []), *flags]
-    run(str(script.resolve()), *command, threads=threads, log=folder / "training.log")
+    run(*map(str, script), *command, threads=threads, log=folder / "training.log")
     write_json(note, settings | {"threads": threads})
     return folder / "weights"
 

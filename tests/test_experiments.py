@@ -61,7 +61,7 @@ def test_a_run_that_broke_off_is_made_again(work_dir, weights, tiny_model, monke
 
 @pytest.mark.parametrize(
     "other",
-    [{"steps": 3}, {"flags": ["--noaug"]}, {"script": runs.ROOT / "retrieve.py"}],
+    [{"steps": 3}, {"flags": ["--noaug"]}, {"script": (runs.VARIANTS, "border")}],
     ids=lambda other: next(iter(other)),
 )
 def test_another_run_does_not_pass_for_it(work_dir, weights, tiny_model, other):

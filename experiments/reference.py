@@ -1,0 +1,100 @@
+# Copyright 2026 The Custom Diffusion trainer authors. Licensed under the Apache License, Version 2.0.
+"""Does this script learn as well as the reference? `python experiments/reference.py --reference path/to/train_custom_diffusion.py`.
+
+Both train the small model from the same photos, class images and flags: one concept and two, keys and values or all of
+cross-attention, with augmentation and without. Without it the reference leaves a border out of the loss that this script does
+not; so there is a third side, this script with that border. Prints the table and writes docs/reference.json. Three hours of one
+core; what is there is used again.
+"""
+
+import argparse
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import runs  # finds the demo
+import torch
+from concept import LOOK
+
+WITHOUT_TORCHVISION = runs.ROOT / "benchmarks/without_torchvision.py"
+SCORES = ("concept", "prior", "prior_class", "leakage")
+OURS, BORDER, REFERENCE = "ours", "ours with a border", "reference"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    runs.add_flags(parser, "reference", num_seeds=8)
+    parser.set_defaults(steps=300)
+    parser.add_argument("--reference", type=runs.absolute, required=True, help="the script of diffusers")
+    parser.add_argument("--docs", type=Path, default=runs.ROOT / "docs")
+    return parser.parse_args()
+
+
+def settings() -> list[dict]:
+    """What is trained: the concept or both, its flags, and the sides that there are."""
+    return [
+        {
+            "concept": concept,
+            "flags": [*augmentation, "--freeze_model", freeze_model],
+            "sides": (OURS, BORDER, REFERENCE) if augmentation else (OURS, REFERENCE),
+        }
+        for concept, augmentation, freeze_model in product(
+            (LOOK.shape, runs.JOINT), (["--noaug"], []), ("crossattn_kv", "crossattn")
+        )
+    ]
+
+
+def measure(args: argparse.Namespace, setting: dict, side: str, seed: int) -> dict[str, float]:
+    """The scores of a run; of two concepts, their mean."""
+    scripts = {
+        OURS: (runs.SCRIPT,),
+        BORDER: (runs.VARIANTS, "border"),
+        REFERENCE: (WITHOUT_TORCHVISION, args.reference),
+    }
+    work_dir = args.work_dir / "-".join(["", *setting["flags"], *side.split()]).strip("-")
+    concept, flags = setting["concept"], setting["flags"]
+    weights = runs.trained(work_dir, concept, seed, args.steps, flags, args.threads, args.model, script=scripts[side])
+    bases = runs.baselines.read(args.model)
+    words = runs.WORDS if concept == runs.JOINT else {concept: "<new1>"}
+    found = [
+        runs.scored(weights, seed, bases[name], args.model, weights.parent / f"scores-{name}.json", word)
+        for name, word in words.items()
+    ]
+    return {key: float(np.mean([scores[key] for scores in found])) for key in SCORES}
+
+
+def table_of(rows: list[dict]) -> str:
+    """Markdown: each side's scores, and how far ours is from the reference, seed by seed."""
+    lines = [["", *SCORES]]
+    for row in rows:
+        what = f"{row['concept']}, {' '.join(row['flags'])}"
+        for side, summary in row["sides"].items():
+            lines.append([f"{what}: {side}", *(runs.cell(summary[key]["values"]) for key in SCORES)])
+        for side in (OURS, BORDER):
+            if side in row["sides"]:
+                differences = (
+                    np.subtract(row["sides"][side][key]["values"], row["sides"][REFERENCE][key]["values"])
+                    for key in SCORES
+                )
+                lines.append([f"{side} less the reference", *(runs.cell(values, "+") for values in differences)])
+    return runs.table(lines)
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    found = [{side: [] for side in setting["sides"]} for setting in settings()]
+    for seed in runs.seeds(args):  # all sides within a seed, so that what is there is always of the same seeds
+        for setting, sides in zip(settings(), found):
+            for side, scores in sides.items():
+                scores.append(measure(args, setting, side, seed))
+    rows = [
+        setting | {"steps": args.steps, "sides": {side: runs.summary(scores) for side, scores in sides.items()}}
+        for setting, sides in zip(settings(), found)
+    ]
+    runs.write_json(args.docs / "reference.json", rows)
+    print("\n" + table_of(rows))
+
+
+if __name__ == "__main__":
+    main()
