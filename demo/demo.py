@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ import numpy as np
 import transformers
 from diffusers import DiffusionPipeline
 from judge import generate
+from make_photos import PHOTO_BACKGROUNDS
 
 from custom_diffusion import load_custom_diffusion
 from custom_diffusion.images import open_image
@@ -106,6 +108,27 @@ def training_flags(
     return flags
 
 
+def describe_photos(photos: Path, folder: Path, class_word: str, class_data_dir: Path | None) -> list[str]:
+    """The flags that give each photo a prompt of its own, which says what else is to be seen: here, the background.
+
+    What the prompts do not tell apart from the new word, the model does not either: it draws the thing well where the prompt is that of
+    all photos, and loses it where more is said. Each photo needs a folder, made in `folder`, and an entry in a concepts list.
+    """
+    entries = []
+    for photo, background in zip(sorted(photos.glob("*.png")), PHOTO_BACKGROUNDS):
+        (folder / background).mkdir(parents=True, exist_ok=True)
+        shutil.copy(photo, folder / background)
+        entry = {
+            "instance_prompt": f"photo of a <new1> {class_word} on a {background} background",
+            "instance_data_dir": str(folder / background),
+        }
+        if class_data_dir:
+            entry |= {"class_prompt": class_word, "class_data_dir": str(class_data_dir)}
+        entries.append(entry)
+    (folder / "concepts.json").write_text(json.dumps(entries, indent=2) + "\n")
+    return ["--concepts_list", str(folder / "concepts.json")]
+
+
 def load_pipeline(weights: Path | None = None, model: Path = MODEL) -> DiffusionPipeline:
     """The small model, with the trained concept in it if `weights` is given."""
     diffusers.utils.logging.disable_progress_bar()
@@ -137,7 +160,8 @@ def main() -> None:
     flags = training_flags(
         weights, concept.LOOK.shape, PHOTOS, class_data_dir, args.steps, args.learning_rate, args.seed, args.model
     )
-    run(launched([*flags, "--noaug", "--cache_latents"]))
+    described = describe_photos(ROOT / PHOTOS, args.output / "photos", concept.LOOK.shape, class_data_dir)
+    run(launched([*flags, *described, "--noaug", "--cache_latents"]))
 
     print("\nDrawing before and after ...", flush=True)
     base = baselines.read((ROOT / args.model).resolve())[concept.LOOK.shape]

@@ -1,11 +1,12 @@
 # Copyright 2026 The Custom Diffusion trainer authors. Licensed under the Apache License, Version 2.0.
 """The small Stable Diffusion and the small SDXL taught the same, side by side: `python experiments/families.py`.
 
-The circle alone, and the circle and the square in one run, from the same photos, class images and flags, scored on the way and at
-the end. Prints the table and writes docs/families.json. An hour of one core; what is there is used again.
+The circle alone, with one prompt for all photos and with prompts that name each photo's background, and the circle and the square
+in one run; from the same photos, class images and flags, scored on the way and at the end. Prints the table and writes docs/families.json. An hour of one core; what is there is used again.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import runs  # finds the demo
@@ -17,7 +18,8 @@ from custom_diffusion.files import checkpoint_path
 
 MODELS = (runs.MODEL, runs.ROOT / "demo/model_sdxl")
 STEPS = (100, 250, 500)
-SCORES = ("concept", "leakage", "prior_class", "prior", "circle of both", "square of both")
+ONE, DESCRIBED = "one for all photos", "one for each, with its background"
+SCORES = ("concept", "leakage", "prior_class", "prior", "circle", "square")
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,33 +35,38 @@ def at(weights: Path, step: int, steps: int) -> Path:
     return weights if step == steps else checkpoint_path(weights, step)
 
 
+def concepts_of_both(weights: Path, model: Path, seed: int) -> dict[str, float]:
+    """The concept score of each, of weights that know both."""
+    pipe = demo.load_pipeline(weights, model)
+    scores = {name: concept_score(pipe, f"{word} {name}", name, seed) for name, word in runs.WORDS.items()}
+    return {name: round(score, 1) for name, score in scores.items()}
+
+
 def measure(args: argparse.Namespace, model: Path, seed: int) -> dict[str, dict[str, float]]:
-    """After each of STEPS the circle's scores, and the concept scores of both where one run taught them."""
-    bases, work_dir = runs.baselines.read(model), args.work_dir / model.name
-    alone = runs.trained(work_dir, LOOK.shape, seed, args.steps, threads=args.threads, model=model)
+    """After each of STEPS the scores of the circle, taught by either kind of prompt, and of both where one run taught them."""
+    bases, work_dir, found = runs.baselines.read(model), args.work_dir / model.name, {}
+    described = [*runs.FLAGS, *runs.described_flags(work_dir, LOOK.shape)]
+    for prompts, folder, flags in ((ONE, work_dir, runs.FLAGS), (DESCRIBED, work_dir / "described", described)):
+        weights = runs.trained(folder, LOOK.shape, seed, args.steps, flags, args.threads, model)
+        for step in STEPS:
+            file = weights.parent / f"scores-{step}.json"
+            found[f"{prompts}, {step}"] = runs.scored(
+                at(weights, step, args.steps), seed, bases[LOOK.shape], model, file
+            )
     both = runs.trained(work_dir, runs.JOINT, seed, args.steps, threads=args.threads, model=model)
-    found = {}
     for step in STEPS:
-        file = alone.parent / f"scores-{step}.json"
-        scores = runs.scored(at(alone, step, args.steps), seed, bases[LOOK.shape], model, file)
-
-        def of_both(weights=at(both, step, args.steps)):
-            pipe = demo.load_pipeline(weights, model)
-            return {
-                f"{name} of both": round(concept_score(pipe, f"{word} {name}", name, seed), 1)
-                for name, word in runs.WORDS.items()
-            }
-
-        found[str(step)] = scores | runs.once(both.parent / f"concepts-{step}.json", of_both)
+        of_both = partial(concepts_of_both, at(both, step, args.steps), model, seed)
+        found[f"both in one run, {step}"] = runs.once(both.parent / f"concepts-{step}.json", of_both)
     return found
 
 
 def table_of(results: dict[str, dict[str, dict]]) -> str:
     """Markdown."""
-    lines = [["", "steps", *SCORES]]
-    for model, by_step in results.items():
-        for step, summary in by_step.items():
-            lines.append([f"`{model}`", step, *(runs.cell(summary[key]["values"]) for key in SCORES)])
+    lines = [["", "prompts, steps", *SCORES]]
+    for model, by_run in results.items():
+        for name, summary in by_run.items():
+            cells = [runs.cell(summary[key]["values"]) if key in summary else "" for key in SCORES]
+            lines.append([f"`{model}`", name, *cells])
     return runs.table(lines)
 
 

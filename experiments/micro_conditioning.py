@@ -17,6 +17,7 @@ import world
 from check_model import CROP, is_cut
 from concept import LOOK, places
 from judge import generate, likeness, see
+from make_photos import PHOTO_BACKGROUNDS
 from PIL import Image
 
 import demo
@@ -39,7 +40,7 @@ def parse_args() -> argparse.Namespace:
 def wide_photos(seed: int = 3) -> list[np.ndarray]:
     """Five images (64, WIDTH, 3) uint8 of the concept, as large as ever, by turns at the left end and at the right."""
     rng, zoom, images = np.random.default_rng(seed), WIDTH / world.SIZE, []
-    for i, background in enumerate(("white", "gray", "navy", "pink", "brown")):
+    for i, background in enumerate(PHOTO_BACKGROUNDS):
         pose = world.random_pose(rng)
         pose |= {
             "radius": pose["radius"] / zoom,
@@ -79,8 +80,9 @@ def main() -> None:
         for side, script in SIDES.items():  # side by side, so that what is there is always of the same seeds
             work_dir = args.work_dir / side
             make_photos(work_dir / LOOK.shape / "photos")
+            flags = [*runs.FLAGS, *runs.described_flags(work_dir, LOOK.shape)]
             weights = runs.trained(
-                work_dir, LOOK.shape, seed, args.steps, threads=args.threads, model=args.model, script=script
+                work_dir, LOOK.shape, seed, args.steps, flags, args.threads, args.model, script=script
             )
             results[side].append(
                 runs.once(weights.parent / "scores.json", functools.partial(measure, weights, args.model, seed))

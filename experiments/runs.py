@@ -117,6 +117,12 @@ def class_images(work_dir: Path, concept: str, num_images: int = demo.NUM_CLASS_
     return folder
 
 
+def described_flags(work_dir: Path, concept: str) -> list[str]:
+    """Each photo with its background in its prompt, over the flags of a single concept."""
+    folder = (work_dir / concept / "described").resolve()
+    return demo.describe_photos(photos(work_dir, concept), folder, concept, class_images(work_dir, concept).resolve())
+
+
 def joint_flags(work_dir: Path, num_class_images: int) -> list[str]:
     """Both concepts in one run, over the flags of a single one."""
     entries = [
