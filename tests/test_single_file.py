@@ -233,6 +233,25 @@ def test_a_file_has_the_weights_of_its_folder(kind, models):
 
 
 @pytest.mark.parametrize("kind", ["1.x", "XL"])
+def test_predictions_do_not_depend_on_where_in_a_file_the_weights_lie(kind, models, tmp_path):
+    """For a single image: its products of a matrix and one row are summed in an order that depends on addresses."""
+    folder, file = models[kind]
+    predicted, places = [], []
+    for shift in (0, 8):  # bytes, by which a longer header moves all tensors
+        moved = tmp_path / f"{shift}.safetensors"
+        save_file(load_file(file), moved, metadata={"format": "pt", "x": " " * shift})
+        unet, text, _ = load_models(ModelSource(str(moved), config_from=str(folder)), torch.float32, CPU)
+        places.append(unet.conv_in.weight.data_ptr() % 16)
+        with torch.no_grad():
+            features, pooled = text.encode(["photo of a cat"])
+            added = text.family.added_conditions(pooled, torch.tensor([[70.0, 90, 3, 5, 64, 64]]))
+            latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+            predicted.append(unet(latents, torch.tensor([400]), features, added_cond_kwargs=added).sample)
+    assert places[0] != places[1]  # in files, mapped
+    assert torch.equal(*predicted)
+
+
+@pytest.mark.parametrize("kind", ["1.x", "XL"])
 def test_half_precision_files_give_full_masters(kind, models, tmp_path):
     """What is trained starts from the file's own values in float32, whatever the rest is cast to."""
     folder, _ = models[kind]
@@ -396,21 +415,37 @@ FEW_STEPS = {
 
 
 @pytest.fixture(scope="module")
-def trained(run_arguments, tmp_path_factory):
-    """The demo's model, its copy in one file, and what was trained on each."""
-    model, folder = launch.ROOT / "demo" / "model", tmp_path_factory.mktemp("trained")
-    file = save_single_file(model, folder / "demo.safetensors", torch.float16)  # the demo's precision
-    before = file.read_bytes()
-    arguments = run_arguments | FEW_STEPS | {"pretrained_model_name_or_path": model, "output_dir": folder / "apart"}
-    of_file = {"pretrained_model_name_or_path": file, "config_from": model, "output_dir": folder / "single"}
-    launch.run(launch.FORKED, arguments, folder / "apart.log").ok()
-    launch.run(launch.FORKED, arguments | of_file, folder / "single.log").ok()
-    assert file.read_bytes() == before
-    return model, file, folder / "apart", folder / "single"
+def trained_on(run_arguments, tmp_path_factory):
+    """Name of a demo's model -> it, its copy in one file, and what was trained on each."""
+    made, folder = {}, tmp_path_factory.mktemp("trained")
+
+    def train(name):
+        if name not in made:
+            model, place = launch.ROOT / "demo" / name, folder / name
+            place.mkdir()
+            file = save_single_file(model, place / "demo.safetensors", torch.float16)  # the demo's precision
+            before = file.read_bytes()
+            arguments = (
+                run_arguments | FEW_STEPS | {"pretrained_model_name_or_path": model, "output_dir": place / "apart"}
+            )
+            of_file = {"pretrained_model_name_or_path": file, "config_from": model, "output_dir": place / "single"}
+            launch.run(launch.FORKED, arguments, place / "apart.log").ok()
+            launch.run(launch.FORKED, arguments | of_file, place / "single.log").ok()
+            assert file.read_bytes() == before
+            made[name] = model, file, place / "apart", place / "single"
+        return made[name]
+
+    return train
 
 
-def test_a_file_trains_to_the_same_bits_as_its_folder(trained, trained_difference):
-    model, file, apart, single = trained
+@pytest.fixture
+def trained(trained_on):
+    return trained_on("model")
+
+
+@pytest.mark.parametrize("name", ["model", "model_sdxl"])
+def test_a_file_trains_to_the_same_bits_as_its_folder(name, trained_on, trained_difference):
+    model, file, apart, single = trained_on(name)
     assert trained_difference(apart, single) == 0
     config = read_weights(single).config
     assert config["base_model"] == str(file) and config["config_from"] == str(model)

@@ -33,6 +33,10 @@ from custom_diffusion.weights.format import ConceptWeights
 NOT_A_MODEL = f"cannot be read as a Stable Diffusion model ({{reason}}); give a folder with {MODEL_INDEX} or a Hub id"
 NO_WEIGHTS = "has weights that cannot be loaded ({reason})"
 FIRST_TEXT = STABLE_DIFFUSION.texts[0]  # of every family, so far
+# Layers that are given one row for each image, and so a single one for a single image. All others are given one for each token or
+# latent cell.
+_ONE_ROW = {"text_projection", "time_embedding", "add_embedding", "time_emb_proj"}
+_ALIGNMENT = 64  # bytes, of the memory that torch itself takes on a CPU
 
 
 def load_tokenizers(source: ModelSource, family: Family) -> list[PreTrainedTokenizerBase]:
@@ -96,7 +100,7 @@ def load_text_encoder(source: ModelSource, device: torch.device, part: TextPart 
                 "saved by transformers 5.6 or newer may need it to be read: pip install --upgrade transformers"
             )
     # Not by an argument: older versions of transformers call it `torch_dtype`, newer ones `dtype`.
-    return text_encoder.float().to(device).eval()
+    return lay_out(text_encoder.float().to(device).eval())
 
 
 def load_unet(source: ModelSource, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
@@ -171,11 +175,18 @@ def straight_to(device: torch.device) -> dict:
 
 
 def lay_out(module: nn.Module) -> nn.Module:
-    """Convolutions of an accelerator are faster channels-last.
+    """Place the weights in memory as the device computes best, and alike wherever they were read from.
 
-    On a CPU nothing is gained by that, and the weights can stay in the mapped file without a copy.
+    Convolutions of an accelerator are faster channels-last. On a CPU nothing is gained by that, and the weights can stay in the
+    mapped file without a copy, but for matrices that meet a single row: such a product is summed in an order that depends on
+    where the matrix begins in memory. In a file it begins anywhere, and the same weights would train to other bits from another.
     """
-    return module if module.device.type == "cpu" else module.to(memory_format=torch.channels_last)
+    if module.device.type != "cpu":
+        return module.to(memory_format=torch.channels_last)
+    for name, parameter in module.named_parameters():
+        if not _ONE_ROW.isdisjoint(name.split(".")) and parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()
+    return module
 
 
 def load_pipeline(source: ModelSource, dtype: torch.dtype, *, safety_checker: bool = True) -> DiffusionPipeline:
