@@ -9,19 +9,20 @@ import launch
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from hub_server import HubServer
-from original_layout import save_single_file
+from original_layout import save_single_file, vae_state
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import make_model
+from tiny import make_model, make_vae
 
 from custom_diffusion import compress, export, generate, memory, merge
 from custom_diffusion.errors import InputError
 from custom_diffusion.families import SUPPORTED
 from custom_diffusion.files import CONFIG_NAME
-from custom_diffusion.model.loading import base_tensors, empty_unet, load_models, load_pipeline
+from custom_diffusion.model.loading import base_tensors, empty_unet, load_models, load_pipeline, load_vae
 from custom_diffusion.model.source import ModelSource, base_of, check_model
-from custom_diffusion.single_file import model_in, read_header
+from custom_diffusion.single_file import model_in, read_header, vae_in
 from custom_diffusion.tools.memory import add_flags, flag_problems
 from custom_diffusion.tools.share import public_config
 from custom_diffusion.training.model_card import model_card
@@ -35,6 +36,12 @@ def file_problem(path):
         model_in(path)
     except ValueError as error:
         return str(error)
+
+
+def vae_problem(path):
+    with pytest.raises(ValueError) as error:
+        vae_in(str(path))
+    return str(error.value)
 
 
 def write(path, *names, dtype=torch.float32, metadata=None, **shapes):
@@ -194,6 +201,29 @@ def test_what_tells_a_file_from_others(tmp_path):
     assert one.identity() | {"name": None} == moved.identity() | {"name": None}
     assert one.digest != other.digest and len(one.digest) == 64
     assert json.loads(json.dumps(one.identity())) == one.identity()
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (
+            ["decoder.mid_block.resnets.0.conv1.weight"],
+            "is a VAE as diffusers names its weights; give the folder with it",
+        ),
+        (["lora_unet_x.lora_up.weight"], "has no VAE of Stable Diffusion's kind (it is a LoRA); give a VAE's file"),
+        (["input_blocks.0.0.weight"], "has no VAE of Stable Diffusion's kind (it is a UNet without the text encoder"),
+        (parts(vae=False), "has no VAE of Stable Diffusion's kind (it is a model without one)"),
+    ],
+)
+def test_files_without_a_vae(names, expected, tmp_path):
+    names, shapes = names if isinstance(names, tuple) else (names, {})
+    assert vae_problem(write(tmp_path / "x.safetensors", *names, **shapes)).startswith(expected)
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_a_vae_that_cannot_be_read(name, tmp_path):
+    (tmp_path / name).write_bytes(b"PK")
+    assert vae_problem(tmp_path / name).startswith("is a pickle" if name == "x.pt" else "is damaged")
 
 
 # Loaded
@@ -361,6 +391,58 @@ def test_a_file_without_a_vae(models, tmp_path):
     named = ModelSource(str(file), config_from=str(folder), vae=str(folder / "vae"))
     assert check_model(named)[0].latent_channels == 4
     assert parameters(named).keys() == parameters(ModelSource(str(folder))).keys()
+
+
+VAE = "first_stage_model."
+
+
+@pytest.fixture(scope="module", params=["", VAE, "a whole model"])
+def vae_and_file(request, models, tmp_path_factory):
+    """A VAE's folder, and its weights in one file, under names with a prefix, or without, or among others."""
+    folder = tmp_path_factory.mktemp("vae")
+    torch.manual_seed(7)
+    vae = make_vae(scaling_factor=0.13025)
+    vae.save_pretrained(folder / "vae")
+    state, others = vae_state(vae), {}
+    if request.param == "a whole model":
+        others = load_file(models["XL"][1])
+    elif request.param == "":
+        state = {name.removeprefix(VAE): tensor for name, tensor in state.items()}
+    save_file(others | {name: tensor.contiguous() for name, tensor in state.items()}, folder / "vae.safetensors")
+    return folder / "vae", folder / "vae.safetensors"
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["folder", "file"])
+def test_a_vae_in_a_file_of_its_own(single, vae_and_file, models):
+    """For models in a folder or a file; with what the model's own configuration says of it."""
+    vae, file = vae_and_file
+    folder, whole = models["XL"]
+    model = ModelSource(str(whole), config_from=str(folder)) if single else ModelSource(str(folder))
+    source, expected = (replace(model, vae=str(path)) for path in (file, vae))
+    assert check_model(source)[0] == check_model(expected)[0]
+    of_file, of_folder = (load_vae(s, torch.float32, CPU).state_dict() for s in (source, expected))
+    assert of_file.keys() == of_folder.keys() and all(torch.equal(of_file[name], of_folder[name]) for name in of_file)
+    assert not torch.equal(
+        of_file["encoder.conv_in.weight"], load_vae(model, torch.float32, CPU).encoder.conv_in.weight
+    )
+
+
+def test_the_tools_draw_with_the_vae_in_its_file(vae_and_file, models, capsys):
+    vae, file = vae_and_file
+    config = {"base_model": str(models["XL"][0]), "settings": {"pretrained_vae_model_name_or_path": str(file)}}
+    pipe = load_pipeline(base_of(config, None, None, None), torch.float32)
+    assert torch.equal(pipe.vae.encoder.conv_in.weight, AutoencoderKL.from_pretrained(vae).encoder.conv_in.weight)
+    assert "not there" not in capsys.readouterr().err
+
+
+def test_a_vae_in_a_file_of_another_shape(models, tmp_path):
+    state = {name: tensor.contiguous() for name, tensor in vae_state(make_vae()).items()}
+    name = f"{VAE}encoder.conv_out.weight"
+    for changed in (state | {name: state[name].repeat(2, 1, 1, 1)}, {n: t for n, t in state.items() if n != name}):
+        save_file(changed, tmp_path / "vae.safetensors")
+        (line,) = problems_of(models["1.x"][0], vae=str(tmp_path / "vae.safetensors"))
+        assert line.startswith("--pretrained_vae_model_name_or_path: ")
+        assert "is a VAE of another shape than the model's own (" in line and "encoder.conv_out.weight" in line
 
 
 def test_a_second_generation_file_must_say_what_it_predicts(models, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from custom_diffusion.cli.versions import version_problems
 from custom_diffusion.errors import first_line
 from custom_diffusion.families import SUPPORTED
 from custom_diffusion.files import MODEL_INDEX, find_checkpoint, is_recoverable, list_checkpoints
-from custom_diffusion.single_file import is_single_file
+from custom_diffusion.single_file import is_single_file, vae_in
 
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}  # name -> module to install
 POSITIVE = [
@@ -146,9 +146,17 @@ def _vae_problems(args):
     flag, name = "--pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path
     if name is None:
         return []
+    if is_single_file(name):
+        try:
+            vae_in(name)
+        except ValueError as error:
+            return [f"{flag}: '{name}' {error}"]
+        return []
     path = Path(name).expanduser()
-    if not name.strip() or path.is_file() or (not path.exists() and name.startswith(("/", ".", "~"))):
-        return [f"{flag}: '{name}' is no folder; give a VAE's folder, with its config.json, or a Hub id"]
+    if not name.strip() or (not path.exists() and name.startswith(("/", ".", "~"))):
+        return [
+            f"{flag}: '{name}' is no folder; give a VAE's folder, with its config.json, its .safetensors file, or a Hub id"
+        ]
     if path.is_dir() and not (path / "config.json").is_file():
         return [
             f"{flag}: '{name}' has no config.json; give the VAE's own folder, for example '{name}/vae', or a Hub id"

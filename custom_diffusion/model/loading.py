@@ -146,17 +146,16 @@ def vae_dtype(source: ModelSource, dtype: torch.dtype) -> torch.dtype:
 def load_vae(source: ModelSource, dtype: torch.dtype, device: torch.device, *, again: bool = False) -> AutoencoderKL:
     """The whole VAE, frozen, on the device. `again` takes what was downloaded before, and does not ask the Hub."""
     options = {"torch_dtype": dtype, "local_files_only": again, "device_map": straight_to(device)}
-    if source.vae is None and source.file is not None:
+    named = source if source.vae is None else ModelSource(source.vae, flag=VAE_FLAG, asked=source.asked)
+    if source.vae_file is not None:
         config = read_vae_config(source, local_files_only=again)
-        with source.reading(NO_WEIGHTS):
-            vae = vae_from(source.file.path, config, device, dtype)
-    elif source.vae is None:
-        place = {"subfolder": "vae", "revision": source.revision, "variant": source.variant}
-        with source.reading(NO_WEIGHTS):
-            vae = AutoencoderKL.from_pretrained(source.path, **place, **options)
+        with named.reading(NO_WEIGHTS):
+            vae = vae_from(source.vae_file.path, config, device, dtype)
     else:
-        with ModelSource(source.vae, flag=VAE_FLAG, asked=source.asked).reading(NO_WEIGHTS):
-            vae = AutoencoderKL.from_pretrained(source.vae, **options)
+        if source.vae is None:
+            options |= {"subfolder": "vae", "revision": source.revision, "variant": source.variant}
+        with named.reading(NO_WEIGHTS):
+            vae = AutoencoderKL.from_pretrained(named.path, **options)
     return lay_out(vae.requires_grad_(False))
 
 
@@ -203,7 +202,7 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype, *, safety_checker: bo
     cpu = torch.device("cpu")
     inpainting = paints_holes(read_unet_config(source))
     parts = {part.encoder: load_text_encoder(source, cpu, part).to(dtype) for part in family.texts}
-    if source.vae is not None and Path(source.vae).is_absolute() and not Path(source.vae).is_dir():
+    if source.vae is not None and Path(source.vae).is_absolute() and not Path(source.vae).exists():
         warn(f"the weights were trained with the VAE '{source.vae}', which is not there; the model's own is used")
         source = replace(source, vae=None)
     if source.vae is not None or source.file is not None:
