@@ -201,7 +201,9 @@ def _opened(path):
     """The header of a file; ValueError, as of `model_in`, if it is not there or no safetensors file."""
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ValueError("is no file that is there; give the path of a .safetensors file, a folder or a Hub id")
+        raise ValueError(
+            "is no file that is there; download it if it is on the web, and give its path, or a folder or Hub id"
+        )
     if path.suffix.lower() in PICKLES:
         raise ValueError("is a pickle, which can run code when it is read, and so is not; convert it to .safetensors")
     if path.suffix.lower() != SUFFIX:

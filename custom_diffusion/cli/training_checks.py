@@ -6,7 +6,12 @@ import math
 import os
 from pathlib import Path
 
-from custom_diffusion.cli.base_model import needless_config_problems, single_file_problems, what_folder_is
+from custom_diffusion.cli.base_model import (
+    cannot_be_hub_id,
+    needless_config_problems,
+    single_file_problems,
+    what_folder_is,
+)
 from custom_diffusion.cli.concepts import folder_problems
 from custom_diffusion.cli.versions import version_problems
 from custom_diffusion.errors import first_line
@@ -137,7 +142,7 @@ def _model_problems(args):
         what = what_folder_is(path)
         reason = f"not a diffusers model, it has no {MODEL_INDEX}; give its folder or a Hub id"
         problems.append(f"{flag}: '{name}' is {reason if what is None else f'{what}; {SUPPORTED}'}")
-    elif not path.exists() and name.startswith(("/", ".", "~")):
+    elif not path.exists() and cannot_be_hub_id(name):
         problems.append(f"{flag}: folder '{name}' does not exist; give a folder with {MODEL_INDEX} or a Hub id")
     return problems
 
@@ -153,7 +158,7 @@ def _vae_problems(args):
             return [f"{flag}: '{name}' {error}"]
         return []
     path = Path(name).expanduser()
-    if not name.strip() or (not path.exists() and name.startswith(("/", ".", "~"))):
+    if not name.strip() or (not path.exists() and cannot_be_hub_id(name)):
         return [
             f"{flag}: '{name}' is no folder; give a VAE's folder, with its config.json, its .safetensors file, or a Hub id"
         ]

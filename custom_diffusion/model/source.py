@@ -27,7 +27,8 @@ OTHER_NOISE = (
     "EDM",
     "FlowMatch",
 )  # how the schedulers of models with continuous noise are called, such as Playground 2.5
-NOT_DIFFUSERS = f"cannot be read as a diffusers model ({{reason}}); give a folder with {MODEL_INDEX} or a Hub id"
+NOT_DIFFUSERS = f"cannot be read as a diffusers model ({{reason}}); give a folder or Hub id with {MODEL_INDEX}"
+OR_A_FILE = ", or a .safetensors file that you have downloaded"
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def read_index(source: ModelSource) -> tuple[Family, dict]:
         InputError: there is none, or it is of a model that is not supported.
     """
     config = source.described_by
-    with config.reading(NOT_DIFFUSERS):
+    with config.reading(NOT_DIFFUSERS + OR_A_FILE if source.file is None else NOT_DIFFUSERS):
         index = DiffusionPipeline.load_config(config.path, revision=config.revision)
     family = family_of(index)
     if family is None:
@@ -300,8 +301,8 @@ def read_vae_config(source: ModelSource, **options) -> dict:
         config = source.described_by
         with config.reading(NOT_DIFFUSERS):
             return AutoencoderKL.load_config(config.path, subfolder="vae", revision=config.revision, **options)
-    says = "cannot be read as a VAE ({reason}); give the folder that its config.json is in, or a Hub id"
-    with ModelSource(source.vae, flag=VAE_FLAG, asked=source.asked).reading(says):
+    says = "cannot be read as a VAE ({reason}); give a folder or Hub id with its config.json at the top"
+    with ModelSource(source.vae, flag=VAE_FLAG, asked=source.asked).reading(says + OR_A_FILE):
         return AutoencoderKL.load_config(source.vae)
 
 
