@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from fake_concept import run_tool
 from hub_server import HubServer
 from original_layout import save_single_file, vae_state
 from PIL import Image
@@ -545,10 +546,11 @@ def contents(path):
     return load_file(path) if path.suffix == ".safetensors" else {}
 
 
+@pytest.mark.parametrize("name", ["model", "model_sdxl"])
 @pytest.mark.parametrize("tool", ["generate", "merge", "compress", "export lora", "export pipeline"])
-def test_every_tool_knows_the_file(tool, trained, tmp_path):
+def test_every_tool_knows_the_file(tool, name, trained_on, tmp_path):
     """What the folder's weights give with their folder, the file's give with the file that they name."""
-    _, _, apart, single = trained
+    _, _, apart, single = trained_on(name)
     made = []
     for weights in (apart, single):
         output = tmp_path / weights.name
@@ -567,6 +569,25 @@ def test_every_tool_knows_the_file(tool, trained, tmp_path):
     for name, tensors in made[0].items():
         assert tensors.keys() == made[1][name].keys(), name
         assert all(torch.equal(tensor, made[1][name][key]) for key, tensor in tensors.items()), name
+
+
+@pytest.mark.parametrize("name", ["model", "model_sdxl"])
+def test_a_checkpoint_and_a_file_that_is_named_draw_the_same(name, trained_on, tmp_path):
+    model, file, apart, single = trained_on(name)
+    flags = ("--prompt", "a <new1> circle", "--num_inference_steps", 1)
+    asked = {
+        "final": ("--weights", single),
+        "checkpoint": ("--weights", single / "checkpoint-2"),  # the last step
+        "named": ("--weights", apart, "--model", file, "--config_from", model),
+        "base": ("--model", file, "--config_from", model),
+    }
+    images = []
+    for kind, given in asked.items():
+        prompt = flags if kind != "base" else ("--prompt", "a circle", *flags[2:])
+        run_tool("generate", *given, *prompt, "--output", tmp_path / f"{kind}.png")
+        images.append(np.array(Image.open(tmp_path / f"{kind}.png")))
+    assert np.array_equal(images[0], images[1]) and np.array_equal(images[0], images[2])
+    assert not np.array_equal(images[0], images[3])
 
 
 @pytest.mark.parametrize("tool", ["merge", "compress"])
