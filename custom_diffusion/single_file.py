@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from custom_diffusion.families import SUPPORTED, closest_family, missing_parts, what_it_is
+from custom_diffusion.families import STABLE_DIFFUSION, SUPPORTED, closest_family, missing_parts, what_it_is
 
 SUFFIX = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -50,6 +50,10 @@ _ALONE = (
     ("a VAE alone", r"^(first_stage_model\.|vae\.)?(encoder|decoder)\.conv_in\."),
     ("a text encoder alone", r"^(text_model|transformer|encoder\.block|cond_stage_model|conditioner|text_encoders)\."),
 )  # fmt: skip
+# A VAE's weights in the layout of such files, wherever they stand in one, and as diffusers names them.
+_VAE, _DIFFUSERS_VAE = (
+    re.compile(rf"^(first_stage_model\.|vae\.)?decoder\.{middle}\.") for middle in ("mid", "mid_block")
+)
 _CHANNELS = {5: "a depth-to-image", 7: "an upscaling", 8: "an InstructPix2Pix"}
 
 
@@ -163,19 +167,7 @@ def model_in(path: str) -> SingleFile:
         ValueError: it is none, as far as its header shows; the message, which goes after the file's name, says what it is instead,
             and what to do.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ValueError("is no file that is there; give the path of a .safetensors file, a folder or a Hub id")
-    if path.suffix.lower() in PICKLES:
-        raise ValueError("is a pickle, which can run code when it is read, and so is not; convert it to .safetensors")
-    if path.suffix.lower() != SUFFIX:
-        raise ValueError("is a file, but no .safetensors; give one, or a folder in the diffusers layout, or a Hub id")
-    try:
-        file = read_header(path)
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ValueError(f"is damaged ({error}); download it again") from None
+    file = _opened(path)
     if what := file.what_else():
         raise ValueError(f"is {what}; {SUPPORTED}")
     parts = file.parts | {"_class_name": "single file"}
@@ -186,3 +178,39 @@ def model_in(path: str) -> SingleFile:
             f"has weights in {', '.join(sorted(others))}, made smaller for drawing; give one in fp16 or fp32"
         )
     return file
+
+
+def vae_in(path: str) -> SingleFile:
+    """The header of a file that has a VAE, alone or in a whole model.
+
+    Raises:
+        ValueError: it has none; the message as of `model_in`.
+    """
+    file = _opened(path)
+    if any(_VAE.match(name) for name in file.shapes):
+        return file
+    if any(_DIFFUSERS_VAE.match(name) for name in file.shapes):
+        raise ValueError("is a VAE as diffusers names its weights; give the folder with it and its config.json")
+    what = file.what_else() or "a model without one"
+    raise ValueError(
+        f"has no VAE of {STABLE_DIFFUSION.name}'s kind (it is {what}); give a VAE's file or folder, or a Hub id"
+    )
+
+
+def _opened(path):
+    """The header of a file; ValueError, as of `model_in`, if it is not there or no safetensors file."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(
+            "is no file that is there; download it if it is on the web, and give its path, or a folder or Hub id"
+        )
+    if path.suffix.lower() in PICKLES:
+        raise ValueError("is a pickle, which can run code when it is read, and so is not; convert it to .safetensors")
+    if path.suffix.lower() != SUFFIX:
+        raise ValueError("is a file, but no .safetensors; give one, or a folder in the diffusers layout, or a Hub id")
+    try:
+        return read_header(path)
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"is damaged ({error}); download it again") from None

@@ -29,10 +29,22 @@ def tiny_xl_model(tmp_path_factory):
     return make_xl_model(tmp_path_factory.mktemp("models") / "tiny-xl", seed=2)
 
 
+@pytest.fixture(scope="session")
+def tiny_inpainting_model(tmp_path_factory):
+    """Folder of a random inpainting model."""
+    return make_model(tmp_path_factory.mktemp("models") / "tiny-inpainting", seed=3, in_channels=9)
+
+
 @pytest.fixture(scope="session", params=["sd", "sdxl"])
 def any_model(request):
     """Folder of a random model of each family."""
     return request.getfixturevalue({"sd": "tiny_model", "sdxl": "tiny_xl_model"}[request.param])
+
+
+@pytest.fixture(scope="session", params=["tiny_model", "tiny_xl_model", "tiny_inpainting_model"])
+def any_unet(request):
+    """Folder of a random model of each kind of UNet: with text alone, with conditions beside it, with holes to paint."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -21,16 +21,28 @@ def concept(tiny_model, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def concept_of_any(any_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("concept")
+    make_concept(folder, any_model)
+    return folder
+
+
 def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
-def test_draws_what_the_pipeline_draws(concept, tiny_model, tmp_path, capsys):
+def differ(image, other):
+    """In grey levels. Weights that begin elsewhere in memory may round to another one."""
+    return np.abs(image - other).max()
+
+
+def test_draws_what_the_pipeline_draws(concept_of_any, any_model, tmp_path, capsys):
     output = tmp_path / "new" / "cat.png"
     run_tool(
         "generate",
         "--weights",
-        concept,
+        concept_of_any,
         "--prompt",
         PROMPT,
         "--output",
@@ -40,7 +52,7 @@ def test_draws_what_the_pipeline_draws(concept, tiny_model, tmp_path, capsys):
         "--seed",
         5,
     )
-    pipe = open_pipeline(tiny_model)
+    pipe = open_pipeline(any_model)
 
     def image():
         random = torch.Generator().manual_seed(5)
@@ -49,9 +61,9 @@ def test_draws_what_the_pipeline_draws(concept, tiny_model, tmp_path, capsys):
         )
 
     base = image()
-    load_custom_diffusion(pipe, concept)
-    assert np.array_equal(pixels(output), image())
-    assert np.abs(pixels(output) - base).max() > 1
+    load_custom_diffusion(pipe, concept_of_any)
+    assert differ(pixels(output), image()) <= 1
+    assert differ(pixels(output), base) > 5
     assert capsys.readouterr().out.strip() == str(output)
     assert [p.name for p in output.parent.iterdir()] == ["cat.png"]
 
@@ -91,15 +103,15 @@ def test_what_cannot_work_is_told_before_anything_is_drawn(concept, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_scale_is_that_of_loading(concept, tiny_model, tmp_path):
+def test_scale_is_that_of_loading(concept_of_any, any_model, tmp_path):
     flags = ("--prompt", PROMPT, "--num_inference_steps", 2, "--seed", 0)
-    run_tool("generate", "--weights", concept, "--scale", 0.5, "--output", tmp_path / "half.png", *flags)
-    pipe = open_pipeline(tiny_model)
-    load_custom_diffusion(pipe, concept, scale=0.5)
+    run_tool("generate", "--weights", concept_of_any, "--scale", 0.5, "--output", tmp_path / "half.png", *flags)
+    pipe = open_pipeline(any_model)
+    load_custom_diffusion(pipe, concept_of_any, scale=0.5)
     image = pipe(PROMPT, num_inference_steps=2, guidance_scale=6.0, generator=torch.Generator().manual_seed(0)).images[
         0
     ]
-    assert np.array_equal(pixels(tmp_path / "half.png"), np.asarray(image))
+    assert differ(pixels(tmp_path / "half.png"), np.asarray(image)) <= 1
 
 
 def test_a_base_model_that_has_gone_is_not_blamed_on_the_hub(tiny_model, tmp_path, capsys):

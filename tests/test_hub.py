@@ -19,6 +19,7 @@ from tiny import make_model, make_pictures
 
 from custom_diffusion.cli.training_flags import build_parser
 from custom_diffusion.errors import InputError
+from custom_diffusion.model.source import VAE_FLAG, ModelSource, read_index, read_vae_config
 from custom_diffusion.tools.share import make_repository, upload_run, write_card
 from custom_diffusion.training.model_card import PATH_FLAGS, model_card, training_command
 from custom_diffusion.weights.format import ConceptWeights, write_weights
@@ -245,6 +246,19 @@ for wrong in ("somebody/nothing", "no id at all"):
     for line, wrong in zip(result.stdout.splitlines(), ("somebody/nothing", "no id at all"), strict=True):
         assert line.startswith(f"'{wrong}' is neither a folder nor a Hub repository that can be reached (")
         assert "None" not in line
+
+
+def test_a_repository_without_a_diffusers_model_is_told_what_to_do(local_hub, tmp_path, monkeypatch):
+    """As of those that hold a single file."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    local_hub.repositories["somebody/file"] = {"x.safetensors": b"0"}
+    wrong = ModelSource("somebody/file", flag="--model"), ModelSource("tester/base", vae="somebody/file")
+    for source, flag, name in zip(wrong, ("--model", VAE_FLAG), ("model_index.json", "config.json")):
+        with pytest.raises(InputError) as raised:
+            read_index(source) if source.vae is None else read_vae_config(source)
+        (line,) = raised.value.problems
+        assert line.startswith(f"{flag}: 'somebody/file' cannot be read as a ") and name in line
+        assert line.endswith(", or a .safetensors file that you have downloaded")
 
 
 def test_failed_upload_loses_nothing_and_the_printed_command_repeats_it(local_hub, tmp_path, capsys):

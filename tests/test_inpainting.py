@@ -11,7 +11,7 @@ from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPi
 from original_layout import save_single_file
 from PIL import Image
 from test_data import SETTINGS
-from tiny import make_class_folder, make_model, make_pictures, make_xl_model
+from tiny import make_class_folder, make_pictures, make_xl_model
 
 from custom_diffusion import generate, load_custom_diffusion, unload_custom_diffusion
 from custom_diffusion.errors import InputError
@@ -113,11 +113,11 @@ def test_a_batch_keeps_holes_beside_their_images(samples):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tiny_inpainting_model, tmp_path_factory):
     """family -> folder of an inpainting model, and its pipeline."""
     folder = tmp_path_factory.mktemp("models")
     return {
-        "sd": (make_model(folder / "sd", in_channels=9), StableDiffusionInpaintPipeline),
+        "sd": (tiny_inpainting_model, StableDiffusionInpaintPipeline),
         "sdxl": (make_xl_model(folder / "sdxl", in_channels=9), StableDiffusionXLInpaintPipeline),
     }
 

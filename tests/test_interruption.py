@@ -206,6 +206,7 @@ def test_killed_at_random_and_resumed_nothing_differs(seed, arguments, uninterru
     ("precision", "fixture"),
     [
         ("no", "tiny_xl_model"),
+        ("no", "tiny_inpainting_model"),
         pytest.param("fp16", "tiny_model", marks=pytest.mark.slow),
         pytest.param("bf16", "tiny_model", marks=pytest.mark.slow),
         pytest.param("bf16", "tiny_xl_model", marks=pytest.mark.slow),

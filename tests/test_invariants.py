@@ -45,9 +45,15 @@ def time_ids_for(prompts):
     return torch.tensor([[70.0, 90, 3, 5, 64, 64], [300, 200, 0, 0, 64, 64]]).repeat(len(prompts), 1)[: len(prompts)]
 
 
+def random_latents(unet, count, seed=0):
+    """(count, C, 16, 16), of all that the UNet takes."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, unet.config.in_channels, 16, 16, generator=generator)
+
+
 def step(concept_model, prompts=PROMPTS, learning_rate=1e-2):
-    generator = torch.Generator().manual_seed(0)
-    latents, noise = (torch.randn(len(prompts), 4, 16, 16, generator=generator) for _ in range(2))
+    latents = random_latents(concept_model.unet, len(prompts))
+    noise = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(1))
     optimizer = torch.optim.AdamW(concept_model.trained_parameters(), lr=learning_rate, fused=True)
     timesteps = torch.tensor([100, 300, 500, 900])[: len(prompts)]
     pred = concept_model(latents, timesteps, prompts, time_ids_for(prompts))
@@ -63,8 +69,8 @@ def write(folder, concept_model, pairs=PAIRS):
 
 
 @pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])
-def test_a_step_changes_the_trained_parameters_and_nothing_else(any_model, freeze_model):
-    concept_model, _, vae = make_concept_model(any_model, freeze_model)
+def test_a_step_changes_the_trained_parameters_and_nothing_else(any_unet, freeze_model):
+    concept_model, _, vae = make_concept_model(any_unet, freeze_model)
     before = {name: p.detach().clone() for name, p in concept_model.named_parameters()}
     encoder = {name: p.detach().clone() for name, p in vae.named_parameters()}
     step(concept_model)
@@ -137,9 +143,9 @@ def test_no_gradient_through_the_start_token(tiny_model):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_masters_are_fp32_copies_of_fp32_weights(any_model, dtype):
-    concept_model, _, vae = make_concept_model(any_model, "crossattn_kv", dtype=dtype)
-    full = DiffusionPipeline.from_pretrained(any_model)
+def test_masters_are_fp32_copies_of_fp32_weights(any_unet, dtype):
+    concept_model, _, vae = make_concept_model(any_unet, "crossattn_kv", dtype=dtype)
+    full = DiffusionPipeline.from_pretrained(any_unet)
     for name, parameter in trained_tensors(concept_model.unet).items():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, full.unet.get_parameter(name))
@@ -153,14 +159,14 @@ def test_masters_are_fp32_copies_of_fp32_weights(any_model, dtype):
     assert text.dtype == dtype
 
 
-def test_bfloat16_trains_close_to_float32(any_model):
+def test_bfloat16_trains_close_to_float32(any_unet):
     changes = []
     for dtype in (torch.float32, torch.bfloat16):
-        concept_model, _, _ = make_concept_model(any_model, "crossattn", dtype=dtype)
-        latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        concept_model, _, _ = make_concept_model(any_unet, "crossattn", dtype=dtype)
+        latents = random_latents(concept_model.unet, 2)
         pred = concept_model(latents, torch.tensor([100, 700]), PROMPTS[:2], time_ids_for(PROMPTS[:2]))
         assert pred.dtype == dtype
-        custom_diffusion_losses(pred, latents, torch.ones(2, 1, 16, 16), 1.0)["loss"].backward()
+        custom_diffusion_losses(pred, latents[:, :4], torch.ones(2, 1, 16, 16), 1.0)["loss"].backward()
         changes.append(torch.cat([p.grad.flatten() for p in concept_model.trained_parameters()]))
     assert changes[1].dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(*changes, dim=0) > 0.99
@@ -173,13 +179,13 @@ def pipeline_features(pipe, prompts):
 
 
 @pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])
-def test_a_fresh_pipeline_predicts_what_was_trained(tmp_path, any_model, freeze_model):
-    concept_model, _, _ = make_concept_model(any_model, freeze_model)
+def test_a_fresh_pipeline_predicts_what_was_trained(tmp_path, any_unet, freeze_model):
+    concept_model, _, _ = make_concept_model(any_unet, freeze_model)
     step(concept_model)
     write(tmp_path, concept_model)
-    fresh = DiffusionPipeline.from_pretrained(any_model)
+    fresh = DiffusionPipeline.from_pretrained(any_unet)
     load_custom_diffusion(fresh, tmp_path)
-    latents = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    latents = random_latents(fresh.unet, 4, seed=3)
     timesteps = torch.tensor([1, 300, 600, 999])
     time_ids = time_ids_for(PROMPTS)
     with torch.no_grad():
@@ -190,32 +196,37 @@ def test_a_fresh_pipeline_predicts_what_was_trained(tmp_path, any_model, freeze_
     assert (trained - loaded).abs().max() <= 1e-5 * trained.abs().max()
 
 
-def read_back_of(tmp_path, any_model, concept_model, tokenizers):
-    scheduler = DDPMScheduler.from_pretrained(any_model, subfolder="scheduler")
+def read_back_of(tmp_path, any_unet, concept_model, tokenizers):
+    scheduler = DDPMScheduler.from_pretrained(any_unet, subfolder="scheduler")
     validation = Validation(
-        Accelerator(cpu=True), tmp_path, ModelSource(str(any_model)), scheduler, prompt=None, num_images=2, size=64,
+        Accelerator(cpu=True), tmp_path, ModelSource(str(any_unet)), scheduler, prompt=None, num_images=2, size=64,
         seed=0, dtype=torch.float32, pipeline_options=concept_model.text.family.pipeline_options,
     )  # fmt: skip
     return read_back(
-        tmp_path, concept_model, validation.pipeline, tokenizers, prompt=PROMPTS[0], latent_shape=(1, 4, 16, 16)
+        tmp_path,
+        concept_model,
+        validation.pipeline,
+        tokenizers,
+        prompt=PROMPTS[0],
+        latent_shape=(1, concept_model.unet.config.in_channels, 16, 16),
     )
 
 
-def test_read_back_notices_wrong_weights(tmp_path, any_model):
-    concept_model, tokenizers, _ = make_concept_model(any_model)
+def test_read_back_notices_wrong_weights(tmp_path, any_unet):
+    concept_model, tokenizers, _ = make_concept_model(any_unet)
     step(concept_model)
     write(tmp_path, concept_model)
     step(concept_model)  # the folder is now a step behind
     with pytest.raises(RuntimeError, match="do not predict what was trained"):
-        read_back_of(tmp_path, any_model, concept_model, tokenizers)
+        read_back_of(tmp_path, any_unet, concept_model, tokenizers)
 
 
-def test_read_back_returns_the_loaded_pipeline(tmp_path, any_model):
-    concept_model, tokenizers, _ = make_concept_model(any_model, "crossattn")
+def test_read_back_returns_the_loaded_pipeline(tmp_path, any_unet):
+    concept_model, tokenizers, _ = make_concept_model(any_unet, "crossattn")
     step(concept_model)
     write(tmp_path, concept_model)
     expected = {name: p.detach().clone() for name, p in trained_tensors(concept_model.unet).items()}
-    pipeline = read_back_of(tmp_path, any_model, concept_model, tokenizers)
+    pipeline = read_back_of(tmp_path, any_unet, concept_model, tokenizers)
     for name, tensor in expected.items():
         assert torch.equal(pipeline.unet.get_parameter(name), tensor)
     assert "<new1>" in pipeline.tokenizer.get_vocab()

@@ -25,7 +25,9 @@ def arguments(request, run_arguments):
     return run_arguments | DRAWING | SAVING | {"pretrained_model_name_or_path": request.getfixturevalue(request.param)}
 
 
-any_family = pytest.mark.parametrize("arguments", ["tiny_model", "tiny_xl_model"], indirect=True)
+any_family = pytest.mark.parametrize(
+    "arguments", ["tiny_model", "tiny_xl_model", "tiny_inpainting_model"], indirect=True
+)
 
 
 @pytest.fixture(scope="module")

@@ -9,19 +9,21 @@ import launch
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from fake_concept import run_tool
 from hub_server import HubServer
-from original_layout import save_single_file
+from original_layout import save_single_file, vae_state
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import make_model
+from tiny import make_model, make_vae
 
 from custom_diffusion import compress, export, generate, memory, merge
 from custom_diffusion.errors import InputError
 from custom_diffusion.families import SUPPORTED
 from custom_diffusion.files import CONFIG_NAME
-from custom_diffusion.model.loading import base_tensors, empty_unet, load_models, load_pipeline
+from custom_diffusion.model.loading import base_tensors, empty_unet, load_models, load_pipeline, load_vae
 from custom_diffusion.model.source import ModelSource, base_of, check_model
-from custom_diffusion.single_file import model_in, read_header
+from custom_diffusion.single_file import model_in, read_header, vae_in
 from custom_diffusion.tools.memory import add_flags, flag_problems
 from custom_diffusion.tools.share import public_config
 from custom_diffusion.training.model_card import model_card
@@ -35,6 +37,12 @@ def file_problem(path):
         model_in(path)
     except ValueError as error:
         return str(error)
+
+
+def vae_problem(path):
+    with pytest.raises(ValueError) as error:
+        vae_in(str(path))
+    return str(error.value)
 
 
 def write(path, *names, dtype=torch.float32, metadata=None, **shapes):
@@ -196,6 +204,29 @@ def test_what_tells_a_file_from_others(tmp_path):
     assert json.loads(json.dumps(one.identity())) == one.identity()
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (
+            ["decoder.mid_block.resnets.0.conv1.weight"],
+            "is a VAE as diffusers names its weights; give the folder with it",
+        ),
+        (["lora_unet_x.lora_up.weight"], "has no VAE of Stable Diffusion's kind (it is a LoRA); give a VAE's file"),
+        (["input_blocks.0.0.weight"], "has no VAE of Stable Diffusion's kind (it is a UNet without the text encoder"),
+        (parts(vae=False), "has no VAE of Stable Diffusion's kind (it is a model without one)"),
+    ],
+)
+def test_files_without_a_vae(names, expected, tmp_path):
+    names, shapes = names if isinstance(names, tuple) else (names, {})
+    assert vae_problem(write(tmp_path / "x.safetensors", *names, **shapes)).startswith(expected)
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_a_vae_that_cannot_be_read(name, tmp_path):
+    (tmp_path / name).write_bytes(b"PK")
+    assert vae_problem(tmp_path / name).startswith("is a pickle" if name == "x.pt" else "is damaged")
+
+
 # Loaded
 
 
@@ -230,6 +261,25 @@ def test_a_file_has_the_weights_of_its_folder(kind, models):
     apart, single = parameters(ModelSource(str(folder))), parameters(ModelSource(str(file), config_from=str(folder)))
     assert apart.keys() == single.keys()
     assert all(torch.equal(apart[name], single[name]) for name in apart)
+
+
+@pytest.mark.parametrize("kind", ["1.x", "XL"])
+def test_predictions_do_not_depend_on_where_in_a_file_the_weights_lie(kind, models, tmp_path):
+    """For a single image: its products of a matrix and one row are summed in an order that depends on addresses."""
+    folder, file = models[kind]
+    predicted, places = [], []
+    for shift in (0, 8):  # bytes, by which a longer header moves all tensors
+        moved = tmp_path / f"{shift}.safetensors"
+        save_file(load_file(file), moved, metadata={"format": "pt", "x": " " * shift})
+        unet, text, _ = load_models(ModelSource(str(moved), config_from=str(folder)), torch.float32, CPU)
+        places.append(unet.conv_in.weight.data_ptr() % 16)
+        with torch.no_grad():
+            features, pooled = text.encode(["photo of a cat"])
+            added = text.family.added_conditions(pooled, torch.tensor([[70.0, 90, 3, 5, 64, 64]]))
+            latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+            predicted.append(unet(latents, torch.tensor([400]), features, added_cond_kwargs=added).sample)
+    assert places[0] != places[1]  # in files, mapped
+    assert torch.equal(*predicted)
 
 
 @pytest.mark.parametrize("kind", ["1.x", "XL"])
@@ -344,6 +394,58 @@ def test_a_file_without_a_vae(models, tmp_path):
     assert parameters(named).keys() == parameters(ModelSource(str(folder))).keys()
 
 
+VAE = "first_stage_model."
+
+
+@pytest.fixture(scope="module", params=["", VAE, "a whole model"])
+def vae_and_file(request, models, tmp_path_factory):
+    """A VAE's folder, and its weights in one file, under names with a prefix, or without, or among others."""
+    folder = tmp_path_factory.mktemp("vae")
+    torch.manual_seed(7)
+    vae = make_vae(scaling_factor=0.13025)
+    vae.save_pretrained(folder / "vae")
+    state, others = vae_state(vae), {}
+    if request.param == "a whole model":
+        others = load_file(models["XL"][1])
+    elif request.param == "":
+        state = {name.removeprefix(VAE): tensor for name, tensor in state.items()}
+    save_file(others | {name: tensor.contiguous() for name, tensor in state.items()}, folder / "vae.safetensors")
+    return folder / "vae", folder / "vae.safetensors"
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["folder", "file"])
+def test_a_vae_in_a_file_of_its_own(single, vae_and_file, models):
+    """For models in a folder or a file; with what the model's own configuration says of it."""
+    vae, file = vae_and_file
+    folder, whole = models["XL"]
+    model = ModelSource(str(whole), config_from=str(folder)) if single else ModelSource(str(folder))
+    source, expected = (replace(model, vae=str(path)) for path in (file, vae))
+    assert check_model(source)[0] == check_model(expected)[0]
+    of_file, of_folder = (load_vae(s, torch.float32, CPU).state_dict() for s in (source, expected))
+    assert of_file.keys() == of_folder.keys() and all(torch.equal(of_file[name], of_folder[name]) for name in of_file)
+    assert not torch.equal(
+        of_file["encoder.conv_in.weight"], load_vae(model, torch.float32, CPU).encoder.conv_in.weight
+    )
+
+
+def test_the_tools_draw_with_the_vae_in_its_file(vae_and_file, models, capsys):
+    vae, file = vae_and_file
+    config = {"base_model": str(models["XL"][0]), "settings": {"pretrained_vae_model_name_or_path": str(file)}}
+    pipe = load_pipeline(base_of(config, None, None, None), torch.float32)
+    assert torch.equal(pipe.vae.encoder.conv_in.weight, AutoencoderKL.from_pretrained(vae).encoder.conv_in.weight)
+    assert "not there" not in capsys.readouterr().err
+
+
+def test_a_vae_in_a_file_of_another_shape(models, tmp_path):
+    state = {name: tensor.contiguous() for name, tensor in vae_state(make_vae()).items()}
+    name = f"{VAE}encoder.conv_out.weight"
+    for changed in (state | {name: state[name].repeat(2, 1, 1, 1)}, {n: t for n, t in state.items() if n != name}):
+        save_file(changed, tmp_path / "vae.safetensors")
+        (line,) = problems_of(models["1.x"][0], vae=str(tmp_path / "vae.safetensors"))
+        assert line.startswith("--pretrained_vae_model_name_or_path: ")
+        assert "is a VAE of another shape than the model's own (" in line and "encoder.conv_out.weight" in line
+
+
 def test_a_second_generation_file_must_say_what_it_predicts(models, tmp_path, monkeypatch):
     folder, _ = models["2.x"]
     monkeypatch.setattr(
@@ -379,6 +481,9 @@ def test_what_a_file_says_of_its_schedule_counts(models, tmp_path):
 def test_missing_weights_are_never_random(prefix, models, tmp_path):
     folder, _ = models["1.x"]
     file = save_single_file(folder, tmp_path / "x.safetensors", without=(prefix,))
+    if not prefix.startswith("cond_stage_model."):  # those of UNet and VAE are missed before anything is loaded
+        (line,) = problems_of(file, config_from=str(folder))
+        assert "describes another model than" in line and "are missing, " in line
     with pytest.raises(InputError, match=r"weights of its .* are missing, "):
         load_models(ModelSource(str(file), config_from=str(folder)), torch.float32, CPU)
 
@@ -396,21 +501,37 @@ FEW_STEPS = {
 
 
 @pytest.fixture(scope="module")
-def trained(run_arguments, tmp_path_factory):
-    """The demo's model, its copy in one file, and what was trained on each."""
-    model, folder = launch.ROOT / "demo" / "model", tmp_path_factory.mktemp("trained")
-    file = save_single_file(model, folder / "demo.safetensors", torch.float16)  # the demo's precision
-    before = file.read_bytes()
-    arguments = run_arguments | FEW_STEPS | {"pretrained_model_name_or_path": model, "output_dir": folder / "apart"}
-    of_file = {"pretrained_model_name_or_path": file, "config_from": model, "output_dir": folder / "single"}
-    launch.run(launch.FORKED, arguments, folder / "apart.log").ok()
-    launch.run(launch.FORKED, arguments | of_file, folder / "single.log").ok()
-    assert file.read_bytes() == before
-    return model, file, folder / "apart", folder / "single"
+def trained_on(run_arguments, tmp_path_factory):
+    """Name of a demo's model -> it, its copy in one file, and what was trained on each."""
+    made, folder = {}, tmp_path_factory.mktemp("trained")
+
+    def train(name):
+        if name not in made:
+            model, place = launch.ROOT / "demo" / name, folder / name
+            place.mkdir()
+            file = save_single_file(model, place / "demo.safetensors", torch.float16)  # the demo's precision
+            before = file.read_bytes()
+            arguments = (
+                run_arguments | FEW_STEPS | {"pretrained_model_name_or_path": model, "output_dir": place / "apart"}
+            )
+            of_file = {"pretrained_model_name_or_path": file, "config_from": model, "output_dir": place / "single"}
+            launch.run(launch.FORKED, arguments, place / "apart.log").ok()
+            launch.run(launch.FORKED, arguments | of_file, place / "single.log").ok()
+            assert file.read_bytes() == before
+            made[name] = model, file, place / "apart", place / "single"
+        return made[name]
+
+    return train
 
 
-def test_a_file_trains_to_the_same_bits_as_its_folder(trained, trained_difference):
-    model, file, apart, single = trained
+@pytest.fixture
+def trained(trained_on):
+    return trained_on("model")
+
+
+@pytest.mark.parametrize("name", ["model", "model_sdxl"])
+def test_a_file_trains_to_the_same_bits_as_its_folder(name, trained_on, trained_difference):
+    model, file, apart, single = trained_on(name)
     assert trained_difference(apart, single) == 0
     config = read_weights(single).config
     assert config["base_model"] == str(file) and config["config_from"] == str(model)
@@ -425,10 +546,11 @@ def contents(path):
     return load_file(path) if path.suffix == ".safetensors" else {}
 
 
+@pytest.mark.parametrize("name", ["model", "model_sdxl"])
 @pytest.mark.parametrize("tool", ["generate", "merge", "compress", "export lora", "export pipeline"])
-def test_every_tool_knows_the_file(tool, trained, tmp_path):
+def test_every_tool_knows_the_file(tool, name, trained_on, tmp_path):
     """What the folder's weights give with their folder, the file's give with the file that they name."""
-    _, _, apart, single = trained
+    _, _, apart, single = trained_on(name)
     made = []
     for weights in (apart, single):
         output = tmp_path / weights.name
@@ -447,6 +569,25 @@ def test_every_tool_knows_the_file(tool, trained, tmp_path):
     for name, tensors in made[0].items():
         assert tensors.keys() == made[1][name].keys(), name
         assert all(torch.equal(tensor, made[1][name][key]) for key, tensor in tensors.items()), name
+
+
+@pytest.mark.parametrize("name", ["model", "model_sdxl"])
+def test_a_checkpoint_and_a_file_that_is_named_draw_the_same(name, trained_on, tmp_path):
+    model, file, apart, single = trained_on(name)
+    flags = ("--prompt", "a <new1> circle", "--num_inference_steps", 1)
+    asked = {
+        "final": ("--weights", single),
+        "checkpoint": ("--weights", single / "checkpoint-2"),  # the last step
+        "named": ("--weights", apart, "--model", file, "--config_from", model),
+        "base": ("--model", file, "--config_from", model),
+    }
+    images = []
+    for kind, given in asked.items():
+        prompt = flags if kind != "base" else ("--prompt", "a circle", *flags[2:])
+        run_tool("generate", *given, *prompt, "--output", tmp_path / f"{kind}.png")
+        images.append(np.array(Image.open(tmp_path / f"{kind}.png")))
+    assert np.array_equal(images[0], images[1]) and np.array_equal(images[0], images[2])
+    assert not np.array_equal(images[0], images[3])
 
 
 @pytest.mark.parametrize("tool", ["merge", "compress"])

@@ -6,13 +6,18 @@ import math
 import os
 from pathlib import Path
 
-from custom_diffusion.cli.base_model import needless_config_problems, single_file_problems, what_folder_is
+from custom_diffusion.cli.base_model import (
+    cannot_be_hub_id,
+    needless_config_problems,
+    single_file_problems,
+    what_folder_is,
+)
 from custom_diffusion.cli.concepts import folder_problems
 from custom_diffusion.cli.versions import version_problems
 from custom_diffusion.errors import first_line
 from custom_diffusion.families import SUPPORTED
 from custom_diffusion.files import MODEL_INDEX, find_checkpoint, is_recoverable, list_checkpoints
-from custom_diffusion.single_file import is_single_file
+from custom_diffusion.single_file import is_single_file, vae_in
 
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}  # name -> module to install
 POSITIVE = [
@@ -137,7 +142,7 @@ def _model_problems(args):
         what = what_folder_is(path)
         reason = f"not a diffusers model, it has no {MODEL_INDEX}; give its folder or a Hub id"
         problems.append(f"{flag}: '{name}' is {reason if what is None else f'{what}; {SUPPORTED}'}")
-    elif not path.exists() and name.startswith(("/", ".", "~")):
+    elif not path.exists() and cannot_be_hub_id(name):
         problems.append(f"{flag}: folder '{name}' does not exist; give a folder with {MODEL_INDEX} or a Hub id")
     return problems
 
@@ -146,9 +151,17 @@ def _vae_problems(args):
     flag, name = "--pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path
     if name is None:
         return []
+    if is_single_file(name):
+        try:
+            vae_in(name)
+        except ValueError as error:
+            return [f"{flag}: '{name}' {error}"]
+        return []
     path = Path(name).expanduser()
-    if not name.strip() or path.is_file() or (not path.exists() and name.startswith(("/", ".", "~"))):
-        return [f"{flag}: '{name}' is no folder; give a VAE's folder, with its config.json, or a Hub id"]
+    if not name.strip() or (not path.exists() and cannot_be_hub_id(name)):
+        return [
+            f"{flag}: '{name}' is no folder; give a VAE's folder, with its config.json, its .safetensors file, or a Hub id"
+        ]
     if path.is_dir() and not (path / "config.json").is_file():
         return [
             f"{flag}: '{name}' has no config.json; give the VAE's own folder, for example '{name}/vae', or a Hub id"

@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--revision", help="Branch, tag or commit of the model on the Hub.")
     add("--variant", help="Variant of the model's weight files, for example fp16.")
     add("--tokenizer_name", help="Tokenizer folder or Hub id, if not the model's own (for XL: its first).")
-    add("--pretrained_vae_model_name_or_path", help="VAE folder or Hub id, if not the model's own.")
+    add("--pretrained_vae_model_name_or_path", help="VAE folder, .safetensors file or Hub id, if not the model's own.")
     add(
         "--prediction_type",
         choices=["epsilon", "v_prediction"],

@@ -33,6 +33,10 @@ from custom_diffusion.weights.format import ConceptWeights
 NOT_A_MODEL = f"cannot be read as a Stable Diffusion model ({{reason}}); give a folder with {MODEL_INDEX} or a Hub id"
 NO_WEIGHTS = "has weights that cannot be loaded ({reason})"
 FIRST_TEXT = STABLE_DIFFUSION.texts[0]  # of every family, so far
+# Layers that are given one row for each image, and so a single one for a single image. All others are given one for each token or
+# latent cell.
+_ONE_ROW = {"text_projection", "time_embedding", "add_embedding", "time_emb_proj"}
+_ALIGNMENT = 64  # bytes, of the memory that torch itself takes on a CPU
 
 
 def load_tokenizers(source: ModelSource, family: Family) -> list[PreTrainedTokenizerBase]:
@@ -96,7 +100,7 @@ def load_text_encoder(source: ModelSource, device: torch.device, part: TextPart 
                 "saved by transformers 5.6 or newer may need it to be read: pip install --upgrade transformers"
             )
     # Not by an argument: older versions of transformers call it `torch_dtype`, newer ones `dtype`.
-    return text_encoder.float().to(device).eval()
+    return lay_out(text_encoder.float().to(device).eval())
 
 
 def load_unet(source: ModelSource, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
@@ -142,17 +146,16 @@ def vae_dtype(source: ModelSource, dtype: torch.dtype) -> torch.dtype:
 def load_vae(source: ModelSource, dtype: torch.dtype, device: torch.device, *, again: bool = False) -> AutoencoderKL:
     """The whole VAE, frozen, on the device. `again` takes what was downloaded before, and does not ask the Hub."""
     options = {"torch_dtype": dtype, "local_files_only": again, "device_map": straight_to(device)}
-    if source.vae is None and source.file is not None:
+    named = source if source.vae is None else ModelSource(source.vae, flag=VAE_FLAG, asked=source.asked)
+    if source.vae_file is not None:
         config = read_vae_config(source, local_files_only=again)
-        with source.reading(NO_WEIGHTS):
-            vae = vae_from(source.file.path, config, device, dtype)
-    elif source.vae is None:
-        place = {"subfolder": "vae", "revision": source.revision, "variant": source.variant}
-        with source.reading(NO_WEIGHTS):
-            vae = AutoencoderKL.from_pretrained(source.path, **place, **options)
+        with named.reading(NO_WEIGHTS):
+            vae = vae_from(source.vae_file.path, config, device, dtype)
     else:
-        with ModelSource(source.vae, flag=VAE_FLAG, asked=source.asked).reading(NO_WEIGHTS):
-            vae = AutoencoderKL.from_pretrained(source.vae, **options)
+        if source.vae is None:
+            options |= {"subfolder": "vae", "revision": source.revision, "variant": source.variant}
+        with named.reading(NO_WEIGHTS):
+            vae = AutoencoderKL.from_pretrained(named.path, **options)
     return lay_out(vae.requires_grad_(False))
 
 
@@ -171,11 +174,18 @@ def straight_to(device: torch.device) -> dict:
 
 
 def lay_out(module: nn.Module) -> nn.Module:
-    """Convolutions of an accelerator are faster channels-last.
+    """Place the weights in memory as the device computes best, and alike wherever they were read from.
 
-    On a CPU nothing is gained by that, and the weights can stay in the mapped file without a copy.
+    Convolutions of an accelerator are faster channels-last. On a CPU nothing is gained by that, and the weights can stay in the
+    mapped file without a copy, but for matrices that meet a single row: such a product is summed in an order that depends on
+    where the matrix begins in memory. In a file it begins anywhere, and the same weights would train to other bits from another.
     """
-    return module if module.device.type == "cpu" else module.to(memory_format=torch.channels_last)
+    if module.device.type != "cpu":
+        return module.to(memory_format=torch.channels_last)
+    for name, parameter in module.named_parameters():
+        if not _ONE_ROW.isdisjoint(name.split(".")) and parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()
+    return module
 
 
 def load_pipeline(source: ModelSource, dtype: torch.dtype, *, safety_checker: bool = True) -> DiffusionPipeline:
@@ -192,7 +202,7 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype, *, safety_checker: bo
     cpu = torch.device("cpu")
     inpainting = paints_holes(read_unet_config(source))
     parts = {part.encoder: load_text_encoder(source, cpu, part).to(dtype) for part in family.texts}
-    if source.vae is not None and Path(source.vae).is_absolute() and not Path(source.vae).is_dir():
+    if source.vae is not None and Path(source.vae).is_absolute() and not Path(source.vae).exists():
         warn(f"the weights were trained with the VAE '{source.vae}', which is not there; the model's own is used")
         source = replace(source, vae=None)
     if source.vae is not None or source.file is not None:

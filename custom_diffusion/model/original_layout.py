@@ -38,6 +38,13 @@ def check_unet(file: SingleFile, config: dict) -> None:
     _wanted(unet, convert_ldm_unet_checkpoint(own, config))
 
 
+def check_vae(file: SingleFile, config: dict) -> None:
+    """Raises ValueError unless the file has the VAE that the configuration describes. No weight is read."""
+    with init_empty_weights():
+        vae = AutoencoderKL.from_config(config)
+    _wanted(vae, convert_ldm_vae_checkpoint(_empty(file), config))
+
+
 def _empty(file):
     return {name: torch.empty(shape, device="meta") for name, shape in file.shapes.items()}
 
@@ -64,7 +71,7 @@ def unet_from(
 
 
 def vae_from(path: Path, config: dict, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
-    """The VAE; arguments and errors as of `unet_from`."""
+    """The VAE, of a file that has it alone or in a whole model; arguments and errors as of `unet_from`."""
     tensors = convert_ldm_vae_checkpoint(load_file(path), config)
     return _filled(AutoencoderKL, config, tensors, device, lambda _: dtype)
 

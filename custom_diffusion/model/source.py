@@ -16,8 +16,8 @@ from custom_diffusion.errors import InputError, first_line, warn
 from custom_diffusion.families import SUPPORTED, Family, closest_family, family_of, what_it_is
 from custom_diffusion.files import MODEL_INDEX
 from custom_diffusion.model.inpainting import paints_holes
-from custom_diffusion.model.original_layout import check_unet, repository
-from custom_diffusion.single_file import SingleFile, is_single_file, model_in
+from custom_diffusion.model.original_layout import check_unet, check_vae, repository
+from custom_diffusion.single_file import SingleFile, is_single_file, model_in, vae_in
 
 UNET_FILE = "diffusion_pytorch_model"
 VAE_FLAG = "--pretrained_vae_model_name_or_path"
@@ -27,7 +27,8 @@ OTHER_NOISE = (
     "EDM",
     "FlowMatch",
 )  # how the schedulers of models with continuous noise are called, such as Playground 2.5
-NOT_DIFFUSERS = f"cannot be read as a diffusers model ({{reason}}); give a folder with {MODEL_INDEX} or a Hub id"
+NOT_DIFFUSERS = f"cannot be read as a diffusers model ({{reason}}); give a folder or Hub id with {MODEL_INDEX}"
+OR_A_FILE = ", or a .safetensors file that you have downloaded"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class ModelSource:
         tokenizer: another (first) tokenizer's folder or Hub id.
         flag: which flag names the model, for messages.
         asked: the user named it now; if not, the weights do.
-        vae: another VAE's folder or Hub id.
+        vae: another VAE's folder, Hub id or single file.
         prediction_type: what the UNet predicts, if not what the model's scheduler says.
         config_from: folder or Hub id that has the configuration, tokenizers and schedule of a single file.
     """
@@ -62,6 +63,18 @@ class ModelSource:
             return model_in(self.path)
         except ValueError as error:
             raise InputError(f"{self.flag}: '{self.path}' {error}") from None
+
+    @cached_property
+    def vae_file(self) -> SingleFile | None:
+        """The header of the single file that has the VAE's weights, if it is in one. Raises InputError if there is none in it."""
+        if self.vae is None:
+            return self.file
+        if not is_single_file(self.vae):
+            return None
+        try:
+            return vae_in(self.vae)
+        except ValueError as error:
+            raise InputError(f"{VAE_FLAG}: '{self.vae}' {error}") from None
 
     @property
     def described_by(self) -> "ModelSource":
@@ -198,7 +211,7 @@ def read_index(source: ModelSource) -> tuple[Family, dict]:
         InputError: there is none, or it is of a model that is not supported.
     """
     config = source.described_by
-    with config.reading(NOT_DIFFUSERS):
+    with config.reading(NOT_DIFFUSERS + OR_A_FILE if source.file is None else NOT_DIFFUSERS):
         index = DiffusionPipeline.load_config(config.path, revision=config.revision)
     family = family_of(index)
     if family is None:
@@ -228,9 +241,11 @@ def check_model(source: ModelSource) -> tuple[ModelShape, DDPMScheduler]:
             PretrainedConfig.get_config_dict(place, subfolder=text.encoder, **read)[0] for text in family.texts
         ]
         scheduler_file = DDPMScheduler.load_config(place, subfolder="scheduler", **read)
-    vae = read_vae_config(source)
+    vae = read_vae_config(source)  # for a single file, that of the model's own
     where = f"{source.flag}: '{source.path}'"
-    problems = _weight_file_problems(source, family) if source.file is None else _single_file_problems(source, unet)
+    problems = (
+        _weight_file_problems(source, family) if source.file is None else _single_file_problems(source, unet, own_vae)
+    )
     if unet["in_channels"] != own_vae["latent_channels"] and not paints_holes(unet):
         problems.append(f"{where} takes {unet['in_channels']} input channels; use a text-to-image or inpainting model")
     if unet["cross_attention_dim"] != sum(widths):
@@ -244,6 +259,14 @@ def check_model(source: ModelSource) -> tuple[ModelShape, DDPMScheduler]:
         problems.append(f"{where}: prediction type {scheduler.config.prediction_type!r} is not supported")
     if (vae["latent_channels"], vae_factor(vae)) != (own_vae["latent_channels"], vae_factor(own_vae)):
         problems.append(f"{VAE_FLAG}: '{source.vae}' makes latents of another shape than the model's own VAE")
+    if source.vae is not None and source.vae_file is not None:
+        try:
+            check_vae(source.vae_file, vae)
+        except ValueError as error:
+            problems.append(
+                f"{VAE_FLAG}: '{source.vae}' is a VAE of another shape than the model's own ({error}); give one that fits, or a "
+                "folder with its config.json"
+            )
     if problems:
         raise InputError(*problems)
     shape = ModelShape(
@@ -270,13 +293,16 @@ def read_unet_config(source: ModelSource) -> dict:
 
 
 def read_vae_config(source: ModelSource, **options) -> dict:
-    """The configuration of the VAE, the model's own or the one that stands for it. Raises InputError."""
-    if source.vae is None:
+    """The configuration of the VAE, the model's own or the one that stands for it. Raises InputError.
+
+    A single file has none: it is taken for a repaired or further trained copy of the model's own.
+    """
+    if source.vae is None or source.vae_file is not None:
         config = source.described_by
         with config.reading(NOT_DIFFUSERS):
             return AutoencoderKL.load_config(config.path, subfolder="vae", revision=config.revision, **options)
-    says = "cannot be read as a VAE ({reason}); give the folder that its config.json is in, or a Hub id"
-    with ModelSource(source.vae, flag=VAE_FLAG, asked=source.asked).reading(says):
+    says = "cannot be read as a VAE ({reason}); give a folder or Hub id with its config.json at the top"
+    with ModelSource(source.vae, flag=VAE_FLAG, asked=source.asked).reading(says + OR_A_FILE):
         return AutoencoderKL.load_config(source.vae)
 
 
@@ -291,11 +317,13 @@ def _digest(*configurations):
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _single_file_problems(source, unet):
+def _single_file_problems(source, unet, own_vae):
     """A file that does not fit its configuration, or that says too little. Reads its header only."""
     problems, file = [], source.file
     try:
         check_unet(file, unet)
+        if "vae" in file.parts:
+            check_vae(file, own_vae)
     except ValueError as error:
         problems.append(
             f"{CONFIG_FLAG}: '{source.described_by.path}' describes another model than '{source.path}' ({error})"
