@@ -43,12 +43,15 @@ def concepts_of_both(weights: Path, model: Path, seed: int) -> dict[str, float]:
 
 
 def measure(args: argparse.Namespace, model: Path, seed: int) -> dict[str, dict[str, float]]:
-    """After each of STEPS the scores of the circle, taught by either kind of prompt, and of both where one run taught them."""
+    """The scores of the circle, taught by either kind of prompt, and of both where one run taught them, after STEPS or at the end."""
     bases, work_dir, found = runs.baselines.read(model), args.work_dir / model.name, {}
     described = [*runs.FLAGS, *runs.described_flags(work_dir, LOOK.shape)]
-    for prompts, folder, flags in ((ONE, work_dir, runs.FLAGS), (DESCRIBED, work_dir / "described", described)):
+    for prompts, folder, flags, scored_at in (
+        (ONE, work_dir, runs.FLAGS, STEPS),
+        (DESCRIBED, work_dir / "described", described, STEPS[-1:]),
+    ):
         weights = runs.trained(folder, LOOK.shape, seed, args.steps, flags, args.threads, model)
-        for step in STEPS:
+        for step in scored_at:
             file = weights.parent / f"scores-{step}.json"
             found[f"{prompts}, {step}"] = runs.scored(
                 at(weights, step, args.steps), seed, bases[LOOK.shape], model, file
