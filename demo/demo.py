@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL, help="demo/model or demo/model_sdxl")
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--steps", type=int, default=500, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps")
     parser.add_argument("--learning_rate", type=float, default=5e-4, help="before --scale_lr")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--without_prior", action="store_true", help="train on the photos alone")

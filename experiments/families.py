@@ -17,7 +17,11 @@ import demo
 from custom_diffusion.files import checkpoint_path
 
 MODELS = (runs.MODEL, runs.ROOT / "demo/model_sdxl")
-STEPS = (100, 250, 500)
+STEPS = (
+    100,
+    250,
+    500,
+)  # where a run of the last so many is scored, with one prompt for all photos and with both concepts
 ONE, DESCRIBED = "one for all photos", "one for each, with its background"
 SCORES = ("concept", "leakage", "prior_class", "prior", "circle", "square")
 
@@ -25,7 +29,6 @@ SCORES = ("concept", "leakage", "prior_class", "prior", "circle", "square")
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runs.add_flags(parser, "families", num_seeds=8)
-    parser.set_defaults(steps=STEPS[-1])
     parser.add_argument("--docs", type=Path, default=runs.ROOT / "docs")
     return parser.parse_args()
 
@@ -43,22 +46,22 @@ def concepts_of_both(weights: Path, model: Path, seed: int) -> dict[str, float]:
 
 
 def measure(args: argparse.Namespace, model: Path, seed: int) -> dict[str, dict[str, float]]:
-    """The scores of the circle, taught by either kind of prompt, and of both where one run taught them, after STEPS or at the end."""
+    """The scores of the circle, taught by either kind of prompt, and of both where one run taught them."""
     bases, work_dir, found = runs.baselines.read(model), args.work_dir / model.name, {}
     described = [*runs.FLAGS, *runs.described_flags(work_dir, LOOK.shape)]
-    for prompts, folder, flags, scored_at in (
+    for prompts, folder, flags, steps in (
         (ONE, work_dir, runs.FLAGS, STEPS),
-        (DESCRIBED, work_dir / "described", described, STEPS[-1:]),
+        (DESCRIBED, work_dir / "described", described, (args.steps,)),
     ):
-        weights = runs.trained(folder, LOOK.shape, seed, args.steps, flags, args.threads, model)
-        for step in scored_at:
+        weights = runs.trained(folder, LOOK.shape, seed, steps[-1], flags, args.threads, model)
+        for step in steps:
             file = weights.parent / f"scores-{step}.json"
             found[f"{prompts}, {step}"] = runs.scored(
-                at(weights, step, args.steps), seed, bases[LOOK.shape], model, file
+                at(weights, step, steps[-1]), seed, bases[LOOK.shape], model, file
             )
-    both = runs.trained(work_dir, runs.JOINT, seed, args.steps, threads=args.threads, model=model)
+    both = runs.trained(work_dir, runs.JOINT, seed, STEPS[-1], threads=args.threads, model=model)
     for step in STEPS:
-        of_both = partial(concepts_of_both, at(both, step, args.steps), model, seed)
+        of_both = partial(concepts_of_both, at(both, step, STEPS[-1]), model, seed)
         found[f"both in one run, {step}"] = runs.once(both.parent / f"concepts-{step}.json", of_both)
     return found
 

@@ -3,7 +3,7 @@
 
 Photos of the demo's concept, wider than high: the square that training shows of one cuts the thing off two times in three. Trained
 with the crops told, as the training script tells them, and untold, every photo passed off as whole (`variants.py`). Both are
-then asked for whole images. Writes docs/micro_conditioning.json. Twenty minutes of one core; what is there is used again.
+then asked for whole images. Writes docs/micro_conditioning.json. A quarter of an hour of one core; what is there is used again.
 """
 
 import argparse
@@ -32,7 +32,7 @@ IMAGES_PER_PLACE = 4
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runs.add_flags(parser, "micro_conditioning", num_seeds=8)
-    parser.set_defaults(model=MODEL, steps=500)
+    parser.set_defaults(model=MODEL, steps=250)
     parser.add_argument("--docs", type=Path, default=runs.ROOT / "docs")
     return parser.parse_args()
 
