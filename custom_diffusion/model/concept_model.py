@@ -30,7 +30,7 @@ class ConceptModel(nn.Module):
     def trained_weights(self, config: dict) -> ConceptWeights:
         """All that is trained, on the CPU, to be written before a further step; a word's rows in several encoders are joined to one.
 
-        A model that is on the CPU itself shares its tensors with them: SDXL's are 1.36 GB.
+        A model that is on the CPU itself shares its tensors with them.
         """
         tensors = {name: p.detach().cpu() for name, p in trained_tensors(self.unet).items()}
         rows = [rows.detach().cpu() for rows in self.text.trained_rows()]

@@ -244,7 +244,7 @@ def empty_unet_for(weights: ConceptWeights, source: ModelSource) -> UNet2DCondit
 class FloatTensors(Mapping[str, torch.Tensor]):
     """Tensors that lie in a mapped file, by name. Each is made float32 when it is asked for, and not kept.
 
-    SDXL's keys and values are 1.36 GB in float32, and whoever compares two models needs one matrix at a time.
+    All keys and values together may be 1.36 GB, and whoever compares two models needs one matrix at a time.
     """
 
     def __init__(self, stored: dict[str, torch.Tensor]):
