@@ -49,7 +49,8 @@ def install_trained_projections(unet: UNet2DConditionModel, freeze_model: str) -
 
 def remove_trained_projections(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
     """Put ordinary linear layers back, filled with NaN: whoever uses the UNet must load weights into them first."""
-    for path, trained in _trained_modules(unet):
+    for path in [path for path, _ in _trained_modules(unet)]:  # each goes before the next one is replaced
+        trained = unet.get_submodule(path)
         plain = nn.Linear(
             trained.in_features,
             trained.out_features,

@@ -28,9 +28,12 @@ class ConceptModel(nn.Module):
         return [p for p in self.parameters() if p.requires_grad]
 
     def trained_weights(self, config: dict) -> ConceptWeights:
-        """Copies on the CPU of all that is trained; a word's rows in several encoders are joined to one."""
-        tensors = {name: p.detach().to("cpu", copy=True) for name, p in trained_tensors(self.unet).items()}
-        rows = [rows.detach().to("cpu", copy=True) for rows in self.text.trained_rows()]
+        """All that is trained, on the CPU, to be written before a further step; a word's rows in several encoders are joined to one.
+
+        A model that is on the CPU itself shares its tensors with them.
+        """
+        tensors = {name: p.detach().cpu() for name, p in trained_tensors(self.unet).items()}
+        rows = [rows.detach().cpu() for rows in self.text.trained_rows()]
         tokens = dict(zip(self.text.modifier_tokens, torch.cat(rows, dim=1))) if rows else {}
         widths = self.text.widths if tokens and len(self.text.widths) > 1 else ()
         return ConceptWeights(tensors, tokens, config, token_widths=widths)

@@ -1,7 +1,7 @@
 """Every way in which a base model is loaded: its parts for training, single tensors for the tools, or all as a pipeline."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -251,8 +251,27 @@ def empty_unet_for(weights: ConceptWeights, source: ModelSource) -> UNet2DCondit
     return unet
 
 
-def base_tensors(source: ModelSource, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """The base UNet's parameters of these names, float32. Nothing else of the weight file is read.
+class FloatTensors(Mapping[str, torch.Tensor]):
+    """Tensors that lie in a mapped file, by name. Each is made float32 when it is asked for, and not kept.
+
+    All keys and values together may be 1.36 GB, and whoever compares two models needs one matrix at a time.
+    """
+
+    def __init__(self, stored: dict[str, torch.Tensor]):
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._stored[name].float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def base_tensors(source: ModelSource, names: Iterable[str]) -> FloatTensors:
+    """The base UNet's parameters of these names. Nothing else of the weight file is read.
 
     Raises:
         InputError: the file cannot be read, or lacks a name.
@@ -261,14 +280,14 @@ def base_tensors(source: ModelSource, names: Iterable[str]) -> dict[str, torch.T
         config = read_unet_config(source)
         with source.reading(NOT_A_MODEL):
             own = unet_tensors(source.file.path, config)
-            return {name: own[name].float() for name in names}
+            return FloatTensors({name: own[name] for name in names})
     with source.reading(NOT_A_MODEL):
         tensors = {}
         for path, wanted in unet_files(source, list(names)).items():
             if path.suffix == ".safetensors":
                 with safe_open(path, framework="pt") as file:
-                    tensors |= {name: file.get_tensor(name).float() for name in wanted}
+                    tensors |= {name: file.get_tensor(name) for name in wanted}
             else:
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                tensors |= {name: state[name].float() for name in wanted}
-        return tensors
+                tensors |= {name: state[name] for name in wanted}
+        return FloatTensors(tensors)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,8 +119,8 @@ def export(
         share = DEFAULT_SHARE
     base = base_tensors(source, weights.shapes())
     deltas, kept = truncated(decompositions(weights, base), rank=rank, share=share)
+    ranks, metadata = [delta.up.shape[1] for delta in deltas.values()], lora_metadata(deltas, family)
     lora = lora_state(deltas, lora_names(deltas, unet, family), stored_dtype(share))
-    metadata = lora_metadata(deltas, family)
     warn_about_biases(weights, base)
     if to == "lora":
         how = write_lora(output, lora, metadata, weights, family)
@@ -128,7 +128,6 @@ def export(
         names = embedding_names(list(weights.tokens))
         warn_about_words(names, source)
         how = write_a1111(output, lora, metadata, weights, names)
-    ranks = [delta.up.shape[1] for delta in deltas.values()]
     return f"{output}: {rank_summary(ranks)}, {100 * min(kept):.2f} % or more of every squared change; {how}"
 
 
@@ -152,6 +151,7 @@ def lora_state(deltas: dict[str, LowRankDelta], names: dict[str, str], dtype: to
     """A LoRA's tensors, in `dtype`.
 
     Args:
+        deltas: used up, each as its tensors come: the two together would be twice the file.
         names: of each delta, as `lora_names` has them.
     """
     import torch
@@ -160,7 +160,8 @@ def lora_state(deltas: dict[str, LowRankDelta], names: dict[str, str], dtype: to
     # one, and what it would scale wrongly is taken out of the factors.
     alpha = float(max(delta.up.shape[1] for delta in deltas.values()))
     state = {}
-    for name, delta in deltas.items():
+    for name in list(deltas):
+        delta = deltas.pop(name)
         up = delta.up * (delta.up.shape[1] / alpha)
         state[f"{names[name]}.lora_up.weight"] = up.to(dtype).contiguous()
         state[f"{names[name]}.lora_down.weight"] = delta.down.to(dtype).contiguous()
@@ -202,7 +203,7 @@ def lora_metadata(deltas: dict[str, LowRankDelta], family: Family) -> dict[str, 
     return {"format": "pt", "ss_network_module": "networks.lora", **versions.get(width, versions[None])}
 
 
-def warn_about_biases(weights: ConceptWeights, base: dict[str, torch.Tensor]) -> None:
+def warn_about_biases(weights: ConceptWeights, base: Mapping[str, torch.Tensor]) -> None:
     """A LoRA has no place for biases, which `--freeze_model crossattn` trains in `to_out`."""
     changed = [
         (tensor.float() - base[name]).abs().max().item()

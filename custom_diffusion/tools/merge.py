@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -170,7 +171,11 @@ def refuse_contradictions(
 
 
 def solve(
-    text: TextEncoders, parts: list[ConceptWeights], captions: list[str], matrices: list[dict], base: dict
+    text: TextEncoders,
+    parts: list[ConceptWeights],
+    captions: list[str],
+    matrices: list[dict],
+    base: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, LayerReport]]:
     """The merged matrices and how well each does, by name."""
     from custom_diffusion.model.text_features import moments

@@ -1,5 +1,6 @@
 """One matrix that does what several concepts' matrices do, each to its own words: the mathematics of merging."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -126,7 +127,7 @@ def _equal(rows, others, tolerance=1e-5):
 def merge_layers(
     solution: LeastSquares,
     parts: list[dict[str, torch.Tensor]],
-    base: dict[str, torch.Tensor],
+    base: Mapping[str, torch.Tensor],
     held_out: list[torch.Tensor],
     captions: torch.Tensor,
 ) -> tuple[dict[str, torch.Tensor], dict[str, LayerReport]]:

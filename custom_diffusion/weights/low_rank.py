@@ -1,6 +1,6 @@
 """What training changed in each weight matrix, and how few numbers say nearly the same."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median_high
 
@@ -32,7 +32,9 @@ class Decomposition:
     def truncated(self, rank: int) -> LowRankDelta:
         """The nearest change of this rank, or of all there is; both factors share the scale, so that half precision suits both."""
         scale = self.values[:rank].sqrt()
-        return LowRankDelta(self.left[:, :rank] * scale, scale[:, None] * self.right[:rank])
+        # Contiguous, as files want them: the decomposition itself may come in columns, and would be copied for that later.
+        up, down = self.left[:, :rank] * scale, scale[:, None] * self.right[:rank]
+        return LowRankDelta(up.contiguous(), down.contiguous())
 
     def kept(self, rank: int) -> float:
         """Share of the squared values that a rank keeps."""
@@ -40,7 +42,7 @@ class Decomposition:
         return float(self.values[:rank].double().square().sum() / total) if total > 0 else 1.0
 
 
-def changes(weights: ConceptWeights, base: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def changes(weights: ConceptWeights, base: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, W - W0) of every weight matrix, (out, in) float32, one at a time. Warns if `base` looks like another model's.
 
     Args:
@@ -72,14 +74,14 @@ def decompose(change: torch.Tensor) -> Decomposition:
     return Decomposition(*torch.linalg.svd(change, full_matrices=False))
 
 
-def decompositions(weights: ConceptWeights, base: dict[str, torch.Tensor]) -> Iterator[tuple[str, Decomposition]]:
+def decompositions(weights: ConceptWeights, base: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, Decomposition]]:
     """(name, `decompose`) of every matrix's change, one at a time: together they would be larger than the weights themselves."""
     count = sum(len(shape) == 2 for shape in weights.shapes().values())
     for name, change in ProgressBar(changes(weights, base), total=count, desc="Decomposing", unit="matrix"):
         yield name, decompose(change)
 
 
-def full_tensors(weights: ConceptWeights, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def full_tensors(weights: ConceptWeights, base: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Every parameter that the weights bring, whole, float32."""
     whole = {name: base[name] + delta.matrix() for name, delta in weights.deltas.items()}
     return {name: tensor.float() for name, tensor in weights.tensors.items()} | whole
