@@ -108,25 +108,26 @@ def training_flags(
     return flags
 
 
-def describe_photos(photos: Path, folder: Path, class_word: str, class_data_dir: Path | None) -> list[str]:
-    """The flags that give each photo a prompt of its own, which says what else is to be seen: here, the background.
+def described_photos(
+    photos: Path, folder: Path, class_word: str, class_data_dir: Path | None, word: str = "<new1>"
+) -> list[dict]:
+    """The entries of a concepts list that give each photo a prompt of its own, which names the background too.
 
-    What the prompts do not tell apart from the new word, the model does not either: it draws the thing well where the prompt is that of
-    all photos, and loses it where more is said. Each photo needs a folder, made in `folder`, and an entry in a concepts list.
+    With one prompt for all photos the model draws the thing well where that prompt is asked for, and loses it where more is said.
+    Each photo needs a folder of its own, made in `folder`.
     """
     entries = []
     for photo, background in zip(sorted(photos.glob("*.png")), PHOTO_BACKGROUNDS):
         (folder / background).mkdir(parents=True, exist_ok=True)
         shutil.copy(photo, folder / background)
         entry = {
-            "instance_prompt": f"photo of a <new1> {class_word} on a {background} background",
+            "instance_prompt": f"photo of a {word} {class_word} on a {background} background",
             "instance_data_dir": str(folder / background),
         }
         if class_data_dir:
             entry |= {"class_prompt": class_word, "class_data_dir": str(class_data_dir)}
         entries.append(entry)
-    (folder / "concepts.json").write_text(json.dumps(entries, indent=2) + "\n")
-    return ["--concepts_list", str(folder / "concepts.json")]
+    return entries
 
 
 def load_pipeline(weights: Path | None = None, model: Path = MODEL) -> DiffusionPipeline:
@@ -160,8 +161,10 @@ def main() -> None:
     flags = training_flags(
         weights, concept.LOOK.shape, PHOTOS, class_data_dir, args.steps, args.learning_rate, args.seed, args.model
     )
-    described = describe_photos(ROOT / PHOTOS, args.output / "photos", concept.LOOK.shape, class_data_dir)
-    run(launched([*flags, *described, "--noaug", "--cache_latents"]))
+    described = described_photos(ROOT / PHOTOS, args.output / "photos", concept.LOOK.shape, class_data_dir)
+    concepts_list = args.output / "concept_list.json"
+    concepts_list.write_text(json.dumps(described, indent=2) + "\n")
+    run(launched([*flags, "--concepts_list", str(concepts_list), "--noaug", "--cache_latents"]))
 
     print("\nDrawing before and after ...", flush=True)
     base = baselines.read((ROOT / args.model).resolve())[concept.LOOK.shape]

@@ -59,10 +59,15 @@ def measure(args: argparse.Namespace, model: Path, seed: int) -> dict[str, dict[
             found[f"{prompts}, {step}"] = runs.scored(
                 at(weights, step, steps[-1]), seed, bases[LOOK.shape], model, file
             )
-    both = runs.trained(work_dir, runs.JOINT, seed, STEPS[-1], threads=args.threads, model=model)
-    for step in STEPS:
-        of_both = partial(concepts_of_both, at(both, step, STEPS[-1]), model, seed)
-        found[f"both in one run, {step}"] = runs.once(both.parent / f"concepts-{step}.json", of_both)
+    described = [*runs.FLAGS, *runs.described_flags(work_dir, runs.JOINT)]
+    for prompts, folder, flags, steps in (
+        (ONE, work_dir, runs.FLAGS, STEPS),
+        (DESCRIBED, work_dir / "described", described, STEPS[-1:]),
+    ):
+        both = runs.trained(folder, runs.JOINT, seed, STEPS[-1], flags, args.threads, model)
+        for step in steps:
+            of_both = partial(concepts_of_both, at(both, step, STEPS[-1]), model, seed)
+            found[f"both, {prompts}, {step}"] = runs.once(both.parent / f"concepts-{step}.json", of_both)
     return found
 
 

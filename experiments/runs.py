@@ -118,9 +118,15 @@ def class_images(work_dir: Path, concept: str, num_images: int = demo.NUM_CLASS_
 
 
 def described_flags(work_dir: Path, concept: str) -> list[str]:
-    """Each photo with its background in its prompt, over the flags of a single concept."""
-    folder = (work_dir / concept / "described").resolve()
-    return demo.describe_photos(photos(work_dir, concept), folder, concept, class_images(work_dir, concept).resolve())
+    """Each photo with its background in its prompt, over the flags of one concept or of JOINT."""
+    words = WORDS if concept == JOINT else {concept: "<new1>"}
+    entries = []
+    for name, word in words.items():
+        folder = (work_dir / name / "described").resolve()
+        images = class_images(work_dir, name).resolve()
+        entries += demo.described_photos(photos(work_dir, name), folder, name, images, word)
+    flags = _concepts_flags(work_dir / concept / "described/concepts.json", entries)
+    return flags if len(words) == 1 else [*flags, "--modifier_token", "+".join(words.values())]
 
 
 def joint_flags(work_dir: Path, num_class_images: int) -> list[str]:
@@ -134,9 +140,13 @@ def joint_flags(work_dir: Path, num_class_images: int) -> list[str]:
         }
         for name, word in WORDS.items()
     ]
-    file = work_dir / JOINT / "concepts.json"
+    flags = _concepts_flags(work_dir / JOINT / "concepts.json", entries)
+    return [*flags, "--modifier_token", "+".join(WORDS.values())]
+
+
+def _concepts_flags(file, entries):
     write_json(file, entries)
-    return ["--concepts_list", str(file.resolve()), "--modifier_token", "+".join(WORDS.values())]
+    return ["--concepts_list", str(file.resolve())]
 
 
 def trained(

@@ -3,16 +3,20 @@
 import json
 import math
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from launch import ROOT
+from PIL import Image
 
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import merging
 import runs
 import stopping
+from judge import see
 
 from custom_diffusion.model.loading import base_tensors, empty_unet, load_text
 from custom_diffusion.model.source import ModelSource
@@ -41,6 +45,18 @@ def test_both_concepts_are_trained_in_one_run(work_dir, tiny_model):
     weights = runs.trained(work_dir, runs.JOINT, seed=3, steps=2, model=tiny_model)
     assert weights == work_dir / "joint" / "seed-3" / "weights"
     assert list(read_weights(weights).tokens) == ["<new1>", "<new2>"]
+
+
+def test_described_photos_each_have_their_prompt(work_dir):
+    flag, file, words, tokens = runs.described_flags(work_dir, runs.JOINT)
+    assert (flag, words, tokens) == ("--concepts_list", "--modifier_token", "<new1>+<new2>")
+    entries = json.loads(Path(file).read_text())
+    shown = {entry["instance_prompt"]: list(Path(entry["instance_data_dir"]).iterdir()) for entry in entries}
+    assert len(shown) == 10
+    for prompt, photos in shown.items():
+        assert len(photos) == 1
+        seen = see(np.asarray(Image.open(photos[0])))
+        assert f"{seen.shape} on a {seen.background} background" in prompt
 
 
 def test_a_run_is_trained_once(work_dir, weights, tiny_model, monkeypatch):
