@@ -555,8 +555,9 @@ def start_trackers(args, plan, accelerator):
 def log_summary(concepts, model, samples, samples_per_step, max_train_steps):
     """What is about to happen, in the log."""
     trained = sum(p.numel() for p in model.trained_parameters())
+    num_prompts = len({concept.instance_prompt for concept in concepts})  # a concept may have several
     logger.info(
-        f"Training {trained:,} parameters on {len(samples.photos)} photos of {len(concepts)} concept(s) and "
+        f"Training {trained:,} parameters on {len(samples.photos)} photos with {num_prompts} prompt(s) and "
         f"{len(samples.class_images)} class images, {samples_per_step} samples a step, for {max_train_steps} optimizer steps"
     )
 
