@@ -23,6 +23,7 @@ from custom_diffusion.files import checkpoint_path
 CHECKPOINTS = (100, 250)  # steps, besides the end
 WORD = "ktn"  # what the judge asks the base model for; the new word starts from it
 PROMPTS = ["photo of a {}", *(f"photo of a {{}} on a {ground} background" for ground in world.BACKGROUNDS)]
+DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0}  # as the judge has it drawn
 JUDGE, METRICS = tuple(LABELS), tuple(SCORES)
 SHOWN = {metric: (f"{name}, x 100", 100) for metric, (name, _) in SCORES.items()} | {
     "kid_clip": (SCORES["kid_clip"][0], 1)
@@ -33,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runs.add_flags(parser, "judge_and_metrics", num_seeds=8)
     parser.set_defaults(steps=500)
-    parser.add_argument("--num_images", type=int, default=5, help="of each prompt, for `evaluate`")
+    parser.add_argument("--num_images", type=int, default=3, help="of each prompt, for `evaluate`")
     parser.add_argument(
         "--clip_model", help="folder or Hub id, like openai/clip-vit-base-patch32; the small one otherwise"
     )
@@ -56,20 +57,18 @@ def measure(args: argparse.Namespace, seed: int, base: runs.Base, clip_model: st
     folder = args.work_dir / "judge_and_metrics" / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    checkpoints = {step: checkpoint_path(weights, step) for step in CHECKPOINTS if step < args.steps}
+    taught = {step: checkpoint_path(weights, step) for step in CHECKPOINTS if step < args.steps} | {args.steps: weights}
     judged = {0: runs.scored(None, seed, base, args.model, folder / "base.json", WORD)}
-    for step, checkpoint in checkpoints.items():
-        judged[step] = runs.scored(checkpoint, seed, base, args.model, weights.parent / f"scores-{step}.json")
-    judged[args.steps] = runs.scored(weights, seed, base, args.model)
+    for step, one in taught.items():
+        judged[step] = runs.scored(one, seed, base, args.model, weights.parent / f"scores-{step}.json")
     rows = evaluate(
-        [*checkpoints.values(), weights],
+        list(taught.values()),
         photos=runs.photos(args.work_dir, LOOK.shape),
         prompts=folder / "prompts.txt",
         with_base=True,
         class_images=runs.class_images(args.work_dir, LOOK.shape),
         num_images=args.num_images,
-        num_inference_steps=20,  # as the judge
-        guidance_scale=3.0,
+        **DRAWING,
         seed=10_000 * seed,
         clip_model=clip_model,
         dino_model=dino_model,

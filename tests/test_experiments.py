@@ -1,5 +1,6 @@
 """The trainings that the experiments share: made once, told apart, and summed up as the tables have them."""
 
+import functools
 import json
 import math
 import sys
@@ -20,7 +21,7 @@ import runs
 import small_clip
 import stopping
 import world
-from judge import see
+from judge import generate, see
 
 from custom_diffusion.files import list_checkpoints
 from custom_diffusion.model.loading import base_tensors, empty_unet, load_text
@@ -166,6 +167,8 @@ def test_the_judge_and_the_metrics_score_the_same_weights(work_dir, weights, tin
     model = {"model": runs.baselines.fingerprint(tiny_model), "concepts": [base]}
     runs.write_json(runs.baselines.file_of(tiny_model), model)
     monkeypatch.setattr(judge_and_metrics, "CHECKPOINTS", (1,))
+    monkeypatch.setitem(judge_and_metrics.DRAWING, "num_inference_steps", 2)
+    monkeypatch.setattr(runs.concepts, "generate", functools.partial(generate, num_inference_steps=2))
     clip, dino = make_clip(tmp_path / "clip"), make_dino(tmp_path / "dino")
     argv = [
         "--work_dir",
@@ -186,7 +189,7 @@ def test_the_judge_and_the_metrics_score_the_same_weights(work_dir, weights, tin
     assert [row["steps"] for row in found["rows"]] == [0, 1, 2]
     folder = work_dir / "judge_and_metrics" / "seed-3"
     evaluated = json.loads((folder / "evaluate" / "results.json").read_text())["results"]
-    judged = [folder / "base.json", weights.parent / "scores-1.json", weights.parent / "scores.json"]
+    judged = [folder / "base.json", weights.parent / "scores-1.json", weights.parent / "scores-2.json"]
     for row, metrics, file in zip(found["rows"], evaluated, judged):
         expected = metrics | json.loads(file.read_text()) | {"seed": 3}
         assert row == {key: expected[key] for key in row}
