@@ -4,7 +4,7 @@
 Not OpenAI's and Facebook's: they have seen nothing but drawings of one thing. The CLIP learns drawings and captions by its usual loss. The
 other model learns without captions and takes DINO's place, but not by self-distillation: of two views of every drawing, cropped, shifted
 and lit otherwise, it has to tell which belong together (contrastive, as in SimCLR). Both are folders of the ordinary layout, which
-`custom-diffusion evaluate --clip_model FOLDER/clip --dino_model FOLDER/vit` takes. Eight minutes of one core. Then they are checked
+`custom-diffusion evaluate --clip_model FOLDER/clip --dino_model FOLDER/vit` takes. Some minutes of one core. Then they are checked
 on what they have not seen.
 """
 
