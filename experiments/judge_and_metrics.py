@@ -1,129 +1,130 @@
-# ruff: noqa: E402
 # Copyright 2026 The Custom Diffusion trainer authors. Licensed under the Apache License, Version 2.0.
 """Do `evaluate`'s scores see what the demo's judge sees? `python experiments/judge_and_metrics.py`.
 
-Trains the demo's concept from several seeds, and scores the base model and every checkpoint twice: by the judge, who knows what is to
-be seen, and by `evaluate`. Prints both side by side, and how far they rank alike; writes docs/judge_and_metrics.json. What is there is
-used again. CLIP and DINO are downloaded, or given as folders; with random ones only the machinery can be seen.
+Trains the demo's concept from several seeds, and scores the base model, two checkpoints of each run and its end twice: by the judge, who
+knows what is to be seen, and by `evaluate`. Prints both side by side, and how far they rank alike; writes docs/judge_and_metrics.json.
+`evaluate` gets the small models of `small_clip.py`, or others by the flags. What is there is used again.
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "demo"), str(ROOT)]  # the small model's world and judge; the package, installed or not
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-import concept
-import numpy as np
+import runs  # finds the demo
+import small_clip
 import torch
 import world
+from concept import LABELS, LOOK
 from torchmetrics.functional import spearman_corrcoef
 
-import demo
 from custom_diffusion import evaluate
 from custom_diffusion.evaluation.report import SCORES
-from custom_diffusion.files import list_checkpoints
-from custom_diffusion.tools.evaluate import CLIP_MODEL, DINO_MODEL
+from custom_diffusion.files import checkpoint_path
 
+CHECKPOINTS = (100, 250)  # steps, besides the end
 WORD = "ktn"  # what the judge asks the base model for; the new word starts from it
 PROMPTS = ["photo of a {}", *(f"photo of a {{}} on a {ground} background" for ground in world.BACKGROUNDS)]
+DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0}  # as the judge has it drawn
+JUDGE, METRICS = tuple(LABELS), tuple(SCORES)
+SHOWN = {metric: (f"{name}, x 100", 100) for metric, (name, _) in SCORES.items()} | {
+    "kid_clip": (SCORES["kid_clip"][0], 1)
+}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_seeds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps; a checkpoint at every quarter")
-    parser.add_argument("--num_images", type=int, default=5, help="of each prompt, for `evaluate`")
-    parser.add_argument("--clip_model", default=CLIP_MODEL, help="folder or Hub id")
-    parser.add_argument("--dino_model", default=DINO_MODEL, help="folder or Hub id")
-    parser.add_argument("--work_dir", type=Path, default=ROOT / "demo/output/judge_and_metrics")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    runs.add_flags(parser, "judge_and_metrics", num_seeds=8)
+    parser.set_defaults(steps=500)
+    parser.add_argument("--num_images", type=int, default=3, help="of each prompt, for `evaluate`")
+    parser.add_argument(
+        "--clip_model", help="folder or Hub id, like openai/clip-vit-base-patch32; the small one otherwise"
+    )
+    parser.add_argument("--dino_model", help="folder or Hub id, like facebook/dino-vits16; the small one otherwise")
+    parser.add_argument("--docs", type=Path, default=runs.ROOT / "docs")
     return parser.parse_args()
 
 
-def train(folder: Path, seed: int, args: argparse.Namespace) -> list[Path]:
-    """The checkpoints of a run, which is trained if it is not there."""
-    every = max(args.steps // 4, 1)
-    if not list_checkpoints(folder / "weights"):
-        folder.mkdir(parents=True, exist_ok=True)
-        settings = demo.parse_args(["--seed", str(seed), "--steps", str(args.steps)])
-        flags = ["--hflip", "--checkpointing_steps", str(every)]
-        command = demo.training_command(folder / "weights", args.work_dir / "class_circle", flags, settings)
-        with (folder / "training.log").open("w") as log:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            subprocess.run([sys.executable, *command], cwd=ROOT, check=True, env=environment, stdout=log, stderr=log)
-    return list_checkpoints(folder / "weights")
+def encoders(args: argparse.Namespace) -> tuple[str, str]:
+    """Folders or Hub ids of CLIP and DINO; small ones are trained if one is not given."""
+    if args.clip_model and args.dino_model:
+        return args.clip_model, args.dino_model
+    clip, vit = small_clip.trained(args.work_dir / "small_clip")
+    return args.clip_model or str(clip), args.dino_model or str(vit)
 
 
-def judged(weights: Path | None, file: Path) -> dict[str, float]:
-    """The judge's scores of weights, or of the base model."""
-    if not file.is_file():
-        pipeline = demo.load_pipeline(weights)
-        file.write_text(json.dumps(concept.scores(pipeline, "<new1>" if weights else WORD, 0)))
-    return json.loads(file.read_text())
-
-
-def measure(seed: int, args: argparse.Namespace) -> list[dict[str, float]]:
-    """Scores of the base model and of each checkpoint, by the judge and by `evaluate`."""
-    folder = args.work_dir / f"seed-{seed}"
-    checkpoints = train(folder, seed, args)
+def measure(args: argparse.Namespace, seed: int, base: runs.Base, clip_model: str, dino_model: str) -> list[dict]:
+    """Scores of the base model, of the checkpoints and of the end of one run, by the judge and by `evaluate`."""
+    weights = runs.trained(args.work_dir, LOOK.shape, seed, args.steps, threads=args.threads, model=args.model)
+    folder = args.work_dir / "judge_and_metrics" / f"seed-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    taught = {step: checkpoint_path(weights, step) for step in CHECKPOINTS if step < args.steps} | {args.steps: weights}
+    judged = {0: runs.scored(None, seed, base, args.model, folder / "base.json", WORD)}
+    for step, one in taught.items():
+        judged[step] = runs.scored(one, seed, base, args.model, weights.parent / f"scores-{step}.json")
     rows = evaluate(
-        checkpoints,
-        photos=ROOT / demo.PHOTOS,
+        list(taught.values()),
+        photos=runs.photos(args.work_dir, LOOK.shape),
         prompts=folder / "prompts.txt",
-        concept="<new1> circle",
         with_base=True,
-        class_images=args.work_dir / "class_circle",
+        class_images=runs.class_images(args.work_dir, LOOK.shape),
         num_images=args.num_images,
-        num_inference_steps=20,
-        guidance_scale=3.0,
+        **DRAWING,
         seed=10_000 * seed,
-        clip_model=args.clip_model,
-        dino_model=args.dino_model,
-        model=str(ROOT / demo.MODEL),
-        output=folder / "scores",
+        clip_model=clip_model,
+        dino_model=dino_model,
+        model=str(args.model),
+        output=folder / "evaluate",
     )
-    results = []
-    for row, weights in zip(rows, [None, *checkpoints]):
-        judge = judged(weights, folder / f"judge-{row['steps']}.json")
-        results.append({"seed": seed, "steps": row["steps"], **judge, **{score: row[score] for score in SCORES}})
-    return results
+    return [
+        {"seed": seed, "steps": step, **{key: judge[key] for key in JUDGE}, **{key: row[key] for key in METRICS}}
+        for (step, judge), row in zip(judged.items(), rows)
+    ]
 
 
-def mean_and_error(values: list[float]) -> str:
-    error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.3g}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4g}{error}"
+def correlations(rows: list[dict]) -> dict[str, dict[str, float | None]]:
+    """Spearman's rank correlation of each of the judge's scores with each metric; None where one of them never changes."""
+
+    def correlation(*names):
+        columns = [torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in names]
+        if any((column == column[0]).all() for column in columns):
+            return None
+        return spearman_corrcoef(*columns).item()
+
+    return {score: {metric: correlation(score, metric) for metric in METRICS} for score in JUDGE}
+
+
+def table_of_scores(rows: list[dict]) -> str:
+    """Markdown: means with standard errors by the number of steps."""
+    shown = {**{score: (score, 1) for score in JUDGE}, **SHOWN}
+    lines = [["steps", *(head for head, _ in shown.values())]]
+    for steps in sorted({row["steps"] for row in rows}):
+        there = [row for row in rows if row["steps"] == steps]
+        lines.append(
+            [str(steps), *(runs.cell([scale * row[key] for row in there]) for key, (_, scale) in shown.items())]
+        )
+    return runs.table(lines)
+
+
+def table_of_correlations(found: dict[str, dict[str, dict]]) -> str:
+    """Markdown: a line for each of the judge's scores, of each set of rows."""
+    lines = [["rank correlation", "rows", *(name for name, _ in SCORES.values())]]
+    for rows, by_score in found.items():
+        for score, by_metric in by_score.items():
+            cells = ["" if value is None else f"{value:+.2f}" for value in by_metric.values()]
+            lines.append([score, rows, *cells])
+    return runs.table(lines)
 
 
 def main() -> None:
     args = parse_args()
-    torch.set_num_threads(1)  # so that the result does not depend on the machine
-    if not (args.work_dir / "class_circle").is_dir():
-        demo.retrieve_class_images(args.work_dir)
-    results = [row for seed in range(args.num_seeds) for row in measure(seed, args)]
-    args.docs.mkdir(exist_ok=True)
-    told = {"clip_model": args.clip_model, "dino_model": args.dino_model, "results": results}
-    (args.docs / "judge_and_metrics.json").write_text(json.dumps(told, indent=2) + "\n")
-    judge = [name for name in results[0] if name not in ("seed", "steps", *SCORES)]
-    names = [*judge, *SCORES]
-    print("\n| steps | " + " | ".join([*judge, *(SCORES[score][0] for score in SCORES)]) + " |")
-    print("|---" * (1 + len(names)) + "|")
-    for steps in sorted({row["steps"] for row in results}):
-        cells = [mean_and_error([row[name] for row in results if row["steps"] == steps]) for name in names]
-        print(f"| {steps} | " + " | ".join(cells) + " |")
-    print("\n| Spearman's rank correlation | " + " | ".join(SCORES[score][0] for score in SCORES) + " |")
-    print("|---" * (1 + len(SCORES)) + "|")
-    for name in judge:
-        columns = {key: torch.tensor([float(row[key]) for row in results]) for key in (name, *SCORES)}
-        cells = [f"{spearman_corrcoef(columns[name], columns[score]):.2f}" for score in SCORES]
-        print(f"| the judge's {name} | " + " | ".join(cells) + " |")
+    torch.set_num_threads(args.threads)
+    clip_model, dino_model = encoders(args)
+    base = runs.baselines.read(args.model)[LOOK.shape]
+    rows = [row for seed in runs.seeds(args) for row in measure(args, seed, base, clip_model, dino_model)]
+    found = {"all": correlations(rows), "trained": correlations([row for row in rows if row["steps"]])}
+    runs.write_json(args.docs / "judge_and_metrics.json", {"correlations": found, "rows": rows})
+    print("\n" + table_of_scores(rows))
+    print("\n" + table_of_correlations(found))
 
 
 if __name__ == "__main__":

@@ -195,9 +195,9 @@ def trained(
 
 
 def scored(
-    weights: Path, seed: int, base: Base, model: Path = MODEL, file: Path | None = None, word: str = "<new1>"
+    weights: Path | None, seed: int, base: Base, model: Path = MODEL, file: Path | None = None, word: str = "<new1>"
 ) -> dict[str, float]:
-    """`concept.scores` of a run of `trained`, kept beside its weights or in `file`.
+    """`concept.scores` of a run of `trained`, or without weights of the model itself, kept beside the weights or in `file`.
 
     Each seed has images of its own, as they vary too.
     """

@@ -1,5 +1,6 @@
 """The trainings that the experiments share: made once, told apart, and summed up as the tables have them."""
 
+import functools
 import json
 import math
 import sys
@@ -10,14 +11,19 @@ import pytest
 import torch
 from launch import ROOT
 from PIL import Image
+from tiny import make_clip, make_dino
 
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import judge_and_metrics
 import merging
 import runs
+import small_clip
 import stopping
-from judge import see
+import world
+from judge import generate, see
 
+from custom_diffusion.files import list_checkpoints
 from custom_diffusion.model.loading import base_tensors, empty_unet, load_text
 from custom_diffusion.model.source import ModelSource
 from custom_diffusion.model.text_features import add_tokens, text_features
@@ -31,14 +37,17 @@ def work_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(work_dir, tiny_model):
-    return runs.trained(work_dir, "square", seed=3, steps=2, model=tiny_model)
+    """Of a run with a checkpoint at every step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "CHECKPOINTING_STEPS", 1)
+        return runs.trained(work_dir, "circle", seed=3, steps=2, model=tiny_model)
 
 
 def test_a_run_is_trained_into_its_place(work_dir, weights):
-    assert weights == work_dir / "square" / "seed-3" / "weights"
+    assert weights == work_dir / "circle" / "seed-3" / "weights"
     assert list(read_weights(weights).tokens) == ["<new1>"]
-    assert len(list((work_dir / "square" / "photos").iterdir())) == 5
-    assert not list(weights.glob("checkpoint-*"))
+    assert len(list((work_dir / "circle" / "photos").iterdir())) == 5
+    assert [path.name for path in list_checkpoints(weights)] == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_both_concepts_are_trained_in_one_run(work_dir, tiny_model):
@@ -61,7 +70,7 @@ def test_described_photos_each_have_their_prompt(work_dir):
 
 def test_a_run_is_trained_once(work_dir, weights, tiny_model, monkeypatch):
     monkeypatch.setattr(runs, "run", None)  # would fail if called
-    assert runs.trained(work_dir, "square", seed=3, steps=2, threads=2, model=tiny_model) == weights
+    assert runs.trained(work_dir, "circle", seed=3, steps=2, threads=2, model=tiny_model) == weights
 
 
 def test_a_run_that_broke_off_is_made_again(work_dir, weights, tiny_model, monkeypatch):
@@ -70,7 +79,7 @@ def test_a_run_that_broke_off_is_made_again(work_dir, weights, tiny_model, monke
     note.unlink()
     commands = []
     monkeypatch.setattr(runs, "run", lambda *command, **_: commands.append(command))
-    runs.trained(work_dir, "square", seed=3, steps=2, model=tiny_model)
+    runs.trained(work_dir, "circle", seed=3, steps=2, model=tiny_model)
     assert len(commands) == 1
     assert json.loads(note.read_text()) == json.loads(kept)
 
@@ -82,12 +91,12 @@ def test_a_run_that_broke_off_is_made_again(work_dir, weights, tiny_model, monke
 )
 def test_another_run_does_not_pass_for_it(work_dir, weights, tiny_model, other):
     with pytest.raises(SystemExit, match=f"another {next(iter(other))}"):
-        runs.trained(work_dir, "square", seed=3, **{"steps": 2, "model": tiny_model, **other})
+        runs.trained(work_dir, "circle", seed=3, **{"steps": 2, "model": tiny_model, **other})
 
 
 def test_another_model_does_not_pass_for_it(work_dir, weights, tiny_v_model):
     with pytest.raises(SystemExit, match="another model"):
-        runs.trained(work_dir, "square", seed=3, steps=2, model=tiny_v_model)
+        runs.trained(work_dir, "circle", seed=3, steps=2, model=tiny_v_model)
 
 
 def test_what_was_measured_is_kept(tmp_path):
@@ -151,3 +160,81 @@ def test_the_authors_solution_is_exact_in_their_sentences_and_not_in_others():
             assert all(same) if exact else not any(same)
     told = merging.lost(text, base, parts, merged)
     assert 0 < told["lost, prompt"] < told["lost, background"]
+
+
+def test_the_judge_and_the_metrics_score_the_same_weights(work_dir, weights, tiny_model, monkeypatch, tmp_path, capsys):
+    base = {"concept": "circle", "prompt": "circle", "score": 1.0, "prior_class": 0.9}  # else measured, for minutes
+    model = {"model": runs.baselines.fingerprint(tiny_model), "concepts": [base]}
+    runs.write_json(runs.baselines.file_of(tiny_model), model)
+    monkeypatch.setattr(judge_and_metrics, "CHECKPOINTS", (1,))
+    monkeypatch.setitem(judge_and_metrics.DRAWING, "num_inference_steps", 2)
+    monkeypatch.setattr(runs.concepts, "generate", functools.partial(generate, num_inference_steps=2))
+    clip, dino = make_clip(tmp_path / "clip"), make_dino(tmp_path / "dino")
+    argv = [
+        "--work_dir",
+        work_dir,
+        "--model",
+        tiny_model,
+        "--docs",
+        tmp_path,
+        "--clip_model",
+        clip,
+        "--dino_model",
+        dino,
+    ]
+    argv += ["--first_seed", 3, "--num_seeds", 1, "--steps", 2, "--num_images", 1]
+    monkeypatch.setattr(sys, "argv", ["judge_and_metrics.py", *map(str, argv)])
+    judge_and_metrics.main()
+    found = json.loads((tmp_path / "judge_and_metrics.json").read_text())
+    assert [row["steps"] for row in found["rows"]] == [0, 1, 2]
+    folder = work_dir / "judge_and_metrics" / "seed-3"
+    evaluated = json.loads((folder / "evaluate" / "results.json").read_text())["results"]
+    judged = [folder / "base.json", weights.parent / "scores-1.json", weights.parent / "scores-2.json"]
+    for row, metrics, file in zip(found["rows"], evaluated, judged):
+        expected = metrics | json.loads(file.read_text()) | {"seed": 3}
+        assert row == {key: expected[key] for key in row}
+    assert len({row["clip_i"] for row in found["rows"]}) == 3
+    scores = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert scores[:5] == ["| steps", "| ---", "| 0", "| 1", "| 2"]
+
+
+def test_rank_correlations_are_taken_with_and_without_the_base_model():
+    names = [*judge_and_metrics.JUDGE, *judge_and_metrics.METRICS]
+    values = [(0, 9.0, 0.1), (1, 3.0, 0.7), (2, 5.0, 0.8)]  # steps, the judge's concept score, CLIP-I
+    rows = [dict.fromkeys(names, 1.0) | {"steps": step, "concept": c, "clip_i": i} for step, c, i in values]
+    assert judge_and_metrics.correlations(rows)["concept"]["clip_i"] == pytest.approx(-0.5)
+    trained = judge_and_metrics.correlations(rows[1:])
+    assert trained["concept"]["clip_i"] == pytest.approx(1)
+    assert trained["concept"]["dino"] is None and trained["leakage"]["clip_i"] is None
+
+
+def test_small_encoders_are_what_evaluate_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr(small_clip, "BATCH_SIZE", 16)
+    folders = small_clip.trained(tmp_path, clip_steps=2, vit_steps=2)
+    monkeypatch.setattr(small_clip, "train", None)  # would fail if called
+    assert small_clip.trained(tmp_path) == folders
+    assert all((folder / "preprocessor_config.json").is_file() for folder in folders)
+    scores = small_clip.check_clip(folders[0])
+    assert scores["captions"] == len(world.held_out_specs())
+    assert 0 <= scores["caption of a drawing"] <= scores["caption of a drawing, among five"] < 50
+    assert 0 < small_clip.check_vit(folders[1], num_looks=20)["same look"] <= 100
+
+
+def test_views_differ_but_not_in_what_they_show():
+    thing = world.Thing("cross", 174.0, 28.0, "gray")
+    torch.manual_seed(0)
+    image = torch.from_numpy(world.draw(thing)).permute(2, 0, 1)[None].float() / 255
+    views = small_clip.views(image.expand(8, -1, -1, -1), mean=(0, 0, 0), std=(1, 1, 1))
+    assert len({view.mean().item() for view in views}) == 8
+    for view in views:
+        seen = see((255 * view).round().byte().permute(1, 2, 0).numpy())
+        assert (seen.shape, seen.background) == ("cross", "gray")
+        assert world.hue_distance(seen.hue, 174.0) < 4 and seen.edged.mean() > 0.9
+
+
+def test_what_belongs_together_is_found_by_the_contrastive_loss():
+    rows = torch.eye(4) * torch.tensor([1.0, 2.0, 3.0, 4.0])  # lengths do not matter
+    logits = torch.eye(4) / 0.5
+    by_hand = -torch.log_softmax(logits, dim=1).diagonal().mean()
+    assert small_clip.contrastive_loss(rows, torch.eye(4), 0.5).item() == pytest.approx(by_hand.item())
+    assert small_clip.contrastive_loss(rows, torch.eye(4).roll(1, 0), 0.5) > by_hand + 1
