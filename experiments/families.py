@@ -9,9 +9,11 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import runs  # finds the demo
 import torch
-from concept import LOOK, concept_score
+from concept import LOOK, concept_score, places
+from judge import generate, likeness, see
 
 import demo
 from custom_diffusion.files import checkpoint_path
@@ -23,7 +25,12 @@ STEPS = (
     500,
 )  # where a run of the last so many is scored, with one prompt for all photos and with both concepts
 ONE, DESCRIBED = "one for all photos", "one for each, with its background"
-SCORES = ("concept", "leakage", "prior_class", "prior", "circle", "square")
+# What no prompt of training has said: the background that is in no photo, and other sentences
+UNSEEN = {
+    "new background": ["photo of a {} on a black background"] * 12,
+    "new sentences": [f"{start} {place}" for start in ("a photo of {}", "{}", "a {}") for place in places(1)],
+}
+SCORES = ("concept", "leakage", "prior_class", "prior", "circle", "square", *UNSEEN)
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,6 +43,16 @@ def parse_args() -> argparse.Namespace:
 def at(weights: Path, step: int, steps: int) -> Path:
     """The weights that a run of so many steps had after `step` of them."""
     return weights if step == steps else checkpoint_path(weights, step)
+
+
+def unseen(weights: Path, model: Path, seed: int) -> dict[str, float]:
+    """The circle's score for each of UNSEEN, 0 to 100."""
+    pipe = demo.load_pipeline(weights, model)
+    return {
+        name: round(100 * float(np.mean([likeness(see(image), LOOK) for image in drawn])), 1)
+        for name, prompts in UNSEEN.items()
+        for drawn in [generate(pipe, [prompt.format(f"<new1> {LOOK.shape}") for prompt in prompts], seed)]
+    }
 
 
 def concepts_of_both(weights: Path, model: Path, seed: int) -> dict[str, float]:
@@ -59,6 +76,8 @@ def measure(args: argparse.Namespace, model: Path, seed: int) -> dict[str, dict[
             found[f"{prompts}, {step}"] = runs.scored(
                 at(weights, step, steps[-1]), seed, bases[LOOK.shape], model, file
             )
+        file = weights.parent / "unseen.json"
+        found[f"{prompts}, {steps[-1]}"] |= runs.once(file, partial(unseen, weights, model, seed))
     described = [*runs.FLAGS, *runs.described_flags(work_dir, runs.JOINT)]
     for prompts, folder, flags, steps in (
         (ONE, work_dir, runs.FLAGS, STEPS),
