@@ -19,11 +19,8 @@ import demo
 from custom_diffusion.files import checkpoint_path
 
 MODELS = (runs.MODEL, runs.ROOT / "demo/model_sdxl")
-STEPS = (
-    100,
-    250,
-    500,
-)  # where a run of the last so many is scored, with one prompt for all photos and with both concepts
+# Where a run of the last so many is scored, with one prompt for all photos and with both concepts
+STEPS = (100, 250, 500)
 ONE, DESCRIBED = "one for all photos", "one for each, with its background"
 # What no prompt of training has said: the background that is in no photo, and other sentences
 UNSEEN = {
