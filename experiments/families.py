@@ -1,8 +1,9 @@
 # Copyright 2026 The Custom Diffusion trainer authors. Licensed under the Apache License, Version 2.0.
 """The small Stable Diffusion and the small SDXL taught the same, side by side: `python experiments/families.py`.
 
-The circle alone, with one prompt for all photos and with prompts that name each photo's background, and the circle and the square
-in one run; from the same photos, class images and flags, scored on the way and at the end. Prints the table and writes docs/families.json. An hour of one core; what is there is used again.
+The circle alone, and the circle and the square in one run, each with one prompt for all photos and with prompts that name a photo's
+background; from the same photos, class images and flags. Prints the table and writes docs/families.json. Some hours of one core;
+what is there is used again.
 """
 
 import argparse
