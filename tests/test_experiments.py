@@ -20,6 +20,7 @@ import merging
 import runs
 import small_clip
 import stopping
+import variants
 import world
 from judge import generate, see
 
@@ -27,6 +28,7 @@ from custom_diffusion.files import list_checkpoints
 from custom_diffusion.model.loading import base_tensors, empty_unet, load_text
 from custom_diffusion.model.source import ModelSource
 from custom_diffusion.model.text_features import add_tokens, text_features
+from custom_diffusion.training.augmentation import Augmentation
 from custom_diffusion.weights.format import read_weights
 
 
@@ -66,6 +68,29 @@ def test_described_photos_each_have_their_prompt(work_dir):
         assert len(photos) == 1
         seen = see(np.asarray(Image.open(photos[0])))
         assert f"{seen.shape} on a {seen.background} background" in prompt
+
+
+CROPPED = Augmentation(flip=False, crop=(16, 0, 80, 64), scale=64, left=0, top=0, prefix="", padded=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "arguments", "before", "after"),
+    [
+        (
+            "photos-as-whole", "photo_time_ids", (CROPPED, Image.new("RGB", (96, 64)), (96, 64), 64),
+            [64, 96, 0, 16, 64, 64], [64, 64, 0, 0, 64, 64],
+        ),
+        (
+            "border", "photo_mask", (CROPPED, 64, 4),
+            [[[1] * 4] * 4], [[[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]],
+        ),
+    ],
+)  # fmt: skip
+def test_a_variant_changes_its_one_thing(name, function, arguments, before, after, monkeypatch):
+    monkeypatch.setattr(variants.samples, function, getattr(variants.samples, function))  # put back after the test
+    assert getattr(variants.samples, function)(*arguments).tolist() == before
+    variants.VARIANTS[name]()
+    assert getattr(variants.samples, function)(*arguments).tolist() == after
 
 
 def test_a_run_is_trained_once(work_dir, weights, tiny_model, monkeypatch):

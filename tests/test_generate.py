@@ -33,8 +33,13 @@ def pixels(path):
 
 
 def differ(image, other):
-    """In grey levels. Weights that begin elsewhere in memory may round to another one."""
+    """In grey levels."""
     return np.abs(image - other).max()
+
+
+def rounding(model):
+    """Grey levels: XL's products of a matrix and one row round otherwise where diffusers has laid the matrix elsewhere in memory."""
+    return int(model.name == "tiny-xl")
 
 
 def test_draws_what_the_pipeline_draws(concept_of_any, any_model, tmp_path, capsys):
@@ -62,7 +67,7 @@ def test_draws_what_the_pipeline_draws(concept_of_any, any_model, tmp_path, caps
 
     base = image()
     load_custom_diffusion(pipe, concept_of_any)
-    assert differ(pixels(output), image()) <= 1
+    assert differ(pixels(output), image()) <= rounding(any_model)
     assert differ(pixels(output), base) > 5
     assert capsys.readouterr().out.strip() == str(output)
     assert [p.name for p in output.parent.iterdir()] == ["cat.png"]
@@ -111,7 +116,7 @@ def test_scale_is_that_of_loading(concept_of_any, any_model, tmp_path):
     image = pipe(PROMPT, num_inference_steps=2, guidance_scale=6.0, generator=torch.Generator().manual_seed(0)).images[
         0
     ]
-    assert differ(pixels(tmp_path / "half.png"), np.asarray(image)) <= 1
+    assert differ(pixels(tmp_path / "half.png"), np.asarray(image)) <= rounding(any_model)
 
 
 def test_a_base_model_that_has_gone_is_not_blamed_on_the_hub(tiny_model, tmp_path, capsys):
