@@ -37,7 +37,7 @@ bench: $(SETUP)  ## speed and memory against another script: make bench PEER=pat
 gpu:  ## all that a GPU can tell, in under ten minutes: make gpu PEER=path/to/train_custom_diffusion.py
 	for wheels in benchmarks/work/wheels/*.whl; do test ! -e $$wheels || $(PYTHON) -m pip install --quiet --no-index --no-deps \
 		--no-compile --upgrade --target benchmarks/work/site $$wheels || exit; done
-	PYTHONPATH=benchmarks/work/site $(PYTHON) benchmarks/gpu.py $(if $(PEER),--peer "$(PEER)") $(GPU_ARGS)
+	PYTHONPATH=benchmarks/work/site:$(CURDIR) $(PYTHON) benchmarks/gpu.py $(if $(PEER),--peer "$(PEER)") $(GPU_ARGS)
 
 gpu-wheels:  ## fetch those wheels, here, for that machine's Python: make gpu-wheels GPU_PYTHON=3.12 WHEELS="diffusers"
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \

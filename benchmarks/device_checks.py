@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,8 +74,8 @@ CHECKS = [
 ]  # fmt: skip
 
 
-def run_checks(runner, folder: Path, *, cuda: bool, quick: bool) -> list[dict]:
-    """The results, in the order of `CHECKS`: name, passed (None where it cannot be tried), and what was seen.
+def run_checks(runner, folder: Path, *, cuda: bool, quick: bool) -> Iterator[dict]:
+    """Results, as soon as they are known: name, passed (None where it cannot be tried), and what was seen.
 
     Args:
         runner: `processes.Runner`. folder: where runs write.
@@ -85,26 +86,28 @@ def run_checks(runner, folder: Path, *, cuda: bool, quick: bool) -> list[dict]:
     possible = [check for check in wanted if missing(check, cuda) is None]
 
     def train(check):
-        arguments = argv(check, folder, data, steps=2 if quick else 4)
-        return runner.run(check.name, arguments, limit=LIMIT, deterministic=True, moved=True)
+        arguments, fork = argv(check, folder, data, steps=2 if quick else 4), check.needs != "bitsandbytes"
+        return runner.run(check.name, arguments, limit=LIMIT, fork=fork, deterministic=True, moved=True)
 
     # Runs that begin where another ended wait for it.
     first = [check for check in possible if RESUME not in check.flags]
     with ThreadPoolExecutor(4 if cuda else 1) as pool:
         runs = dict(zip((check.name for check in first), pool.map(train, first)))
+    yield from (result_of(check, folder, runs, missing(check, cuda)) for check in wanted if RESUME not in check.flags)
     for check in possible:
         if check not in first:
             source, target = (output_dir(folder, name) / "checkpoint-1" for name in (check.like, check.name))
             if source.is_dir():
                 shutil.copytree(source, target)
             runs[check.name] = train(check)
-    results = [result_of(check, folder, runs, missing(check, cuda)) for check in wanted]
+            yield result_of(check, folder, runs, None)
     answer = folder / "loading.json"
     device, weights = "cuda" if cuda else "cpu", str(output_dir(folder, CHECKS[0].name))
     status = runner.call("loading and unloading", load_and_unload, str(answer), device, weights, limit=LIMIT)
-    if status != "ok":
-        return [*results, {"name": "loading and unloading", "passed": False, "seen": status}]
-    return results + json.loads(answer.read_text())
+    if status == "ok":
+        yield from json.loads(answer.read_text())
+    else:
+        yield {"name": "loading and unloading", "passed": False, "seen": status}
 
 
 def missing(check: Check, cuda: bool) -> str | None:

@@ -58,6 +58,7 @@ TINY = Size(small=64, large=64, steps=4, run_steps=4, warm_up=1, class_images=4,
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, help="the reference script, to compare with; left out if not given")
+    parser.add_argument("--large_peer", type=Path, help="train_dreambooth_lora_sdxl.py; left out if not given")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny models and few steps: to try this script")
     parser.add_argument("--seconds", type=float, default=570, help="in which all must be done (default: %(default)s)")
@@ -65,8 +66,10 @@ def parse_args():
     parser.add_argument("--work_dir", type=Path, default=make_model.ROOT / "benchmarks/work/gpu")
     parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/gpu-<device>.json)")
     args = parser.parse_args()
-    if args.peer is not None and not args.peer.is_file():
-        parser.error(f"--peer: '{args.peer}' does not exist")
+    for flag in ("peer", "large_peer"):
+        path = getattr(args, flag)
+        if path is not None and not path.is_file():
+            parser.error(f"--{flag}: '{path}' does not exist")
     return args
 
 
@@ -79,6 +82,7 @@ class Bench:
     cuda: bool
     tiny: bool
     peer: Path | None
+    large_peer: Path | None
     folder: Path
     small: Path | None = None  # models, once they are made
     large: Path | None = None
@@ -90,11 +94,12 @@ class Bench:
         return self._train(name, [OURS], custom_diffusion_flags(self.data) + list(flags), batch_size=batch_size,
                            precision=precision, steps=steps, large=large, limit=limit, **how)  # fmt: skip
 
-    def reference(self, name, *, batch_size=2, precision="bf16", limit=90) -> None:
-        """A run of the reference script, if there is one."""
-        if self.peer is not None:
-            flags = peer_flags(self.peer, self.data)
-            self._train(name, peer_script(self.peer), flags, batch_size=batch_size, precision=precision, limit=limit)
+    def reference(self, name, *flags, batch_size=2, precision="bf16", steps=None, large=False, limit=90) -> None:
+        """A run of the script to compare with, if there is one."""
+        peer = self.large_peer if large else self.peer
+        if peer is not None:
+            self._train(name, peer_script(peer), peer_flags(peer, self.data) + list(flags), batch_size=batch_size,
+                        precision=precision, steps=steps, large=large, limit=limit)  # fmt: skip
 
     def _train(self, name, script, flags, *, batch_size, precision, steps=None, large=False, limit, **how):
         model, resolution = (self.large, self.size.large) if large else (self.small, self.size.small)
@@ -145,8 +150,8 @@ def make_small(bench: Bench) -> None:
 
 def check(bench: Bench) -> None:
     """Everything that holds on a CPU."""
-    bench.checks += run_checks(bench.runner, bench.folder / "checks", cuda=bench.cuda, quick=bench.tiny)
-    for result in bench.checks:
+    for result in run_checks(bench.runner, bench.folder / "checks", cuda=bench.cuda, quick=bench.tiny):
+        bench.checks.append(result)
         told = {True: "ok", False: "FAILED", None: "not tried"}[result["passed"]]
         print(f"  {result['name']}: {told} ({result['seen']})", flush=True)
 
@@ -179,20 +184,14 @@ def large_memory(bench: Bench) -> None:
     make = make_model.make_tiny_sdxl_model if bench.tiny else make_model.make_sdxl_size_model
     made(bench.runner.call("make the large model", make, folder, device(bench), limit=120))
     bench.large = folder
-    steps = 2 if bench.tiny else 16
-    checkpointing = ["--gradient_checkpointing"]
-    bench.ours("large, checkpointing", *checkpointing, batch_size=1, large=True, steps=steps)
+    # The first ten steps are not counted.
+    flags, run = ["--gradient_checkpointing"], {"batch_size": 1, "large": True, "steps": 2 if bench.tiny else 20}
+    bench.ours("large, checkpointing", *flags, **run)
+    bench.reference("large reference, checkpointing", *flags, **run)
     if bench.cuda:
         if installed("bitsandbytes"):
-            bench.ours(
-                "large, checkpointing, 8-bit Adam",
-                *checkpointing,
-                "--use_8bit_adam",
-                batch_size=1,
-                large=True,
-                steps=steps,
-            )
-        bench.ours("large", batch_size=1, large=True, steps=steps)
+            bench.ours("large, checkpointing, 8-bit Adam", *flags, "--use_8bit_adam", fork=False, **run)
+        bench.ours("large", **run)
 
 
 def profile(bench: Bench) -> None:
@@ -318,14 +317,14 @@ def main():
     runner = Runner(args.work_dir / "logs", args.seconds, patience=4 if args.tiny else 1)
     cuda = args.device == "cuda"
     found = find_device(runner, cuda)
-    bench = Bench(runner, TINY if args.tiny else Size(), cuda, args.tiny, args.peer, args.work_dir)
+    bench = Bench(runner, TINY if args.tiny else Size(), cuda, args.tiny, args.peer, args.large_peer, args.work_dir)
     result = {
         "date": date.today().isoformat(),
         "device": found,
         "python": platform.python_version(),
         "versions": {name: version_of(name) for name in LIBRARIES},
         "tiny": args.tiny,
-        "peer": args.peer.name if args.peer else None,
+        "peers": [peer.name for peer in (args.peer, args.large_peer) if peer],
         "stages": [],
     }
     default = f"gpu-{found['name'].replace(' ', '-').lower()}.json"

@@ -21,7 +21,7 @@ def page(result: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     title = f"Custom Diffusion on {device['name']}{memory}"
     tiny = "<p><b>Tiny models, to try the script: the numbers say nothing.</b></p>" if result["tiny"] else ""
-    peer = result["peer"] or "none given, so nothing is compared"
+    peer = ", ".join(result["peers"]) or "none given, so nothing is compared"
     sections = [
         f"<h1>{escape(title)}</h1>{tiny}",
         f"<p>{result['date']}, {result['seconds']:.0f} s. Python {result['python']}, {escape(versions)}. "

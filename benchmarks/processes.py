@@ -41,9 +41,10 @@ class Runner:
         # So that nobody asks the driver itself before a process is forked, which would spoil it.
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         sys.path.insert(0, str(ROOT))
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        paths = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
         self._server = multiprocessing.get_context("forkserver")
-        self._server.set_forkserver_preload(["train_custom_diffusion", "torch.utils.tensorboard"])
+        self._server.set_forkserver_preload(["forked_imports"])
         self.forks = True
 
     def start_anew(self) -> None:
@@ -67,7 +68,7 @@ class Runner:
 
         Args:
             argv: the script and its flags. limit: in seconds.
-            fork: unless the time from launch to exit is to be measured.
+            fork: unless the time from launch to exit is to be measured, or bitsandbytes is needed.
             watch: of `watched.Watch`.
         Returns:
             status ("ok", or what went wrong), seconds from launch to exit and to the first step, of each step after it (the times

@@ -97,7 +97,7 @@ def test_work_is_told_by_its_name():
 
 def test_a_page_can_be_made_of_what_is_there_when_the_time_is_over():
     result = {"device": {"name": "A <GPU>", "memory_bytes": 80 * 2**30}, "versions": {"torch": "2.13.0", "xformers": None},
-              "date": "2026-01-01", "python": "3.12", "tiny": False, "peer": None, "seconds": 3.0, "runs": [], "checks": [],
+              "date": "2026-01-01", "python": "3.12", "tiny": False, "peers": [], "seconds": 3.0, "runs": [], "checks": [],
               "bars": gpu.bars([]), "stages": [{"name": "model", "status": "no time left", "seconds": 0.0}]}  # fmt: skip
     html = page(result)
     assert "A &lt;GPU&gt;, 80 GiB" in html and "no time left" in html and "not measured" in html

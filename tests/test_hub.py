@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from importlib.metadata import version
 
+import huggingface_hub
 import pytest
 import torch
 from fake_concept import make_concept, run_tool
@@ -54,11 +55,21 @@ def base(server, tmp_path_factory):
 
 
 @pytest.fixture
-def local_hub(server, monkeypatch):
+def online(monkeypatch):
+    """This process's client may ask a Hub. Older ones keep a session that was made offline, whoever made it."""
+    forget = getattr(huggingface_hub, "configure_http_backend", lambda: None)
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        forget()
+        yield
+    forget()
+
+
+@pytest.fixture
+def local_hub(server, online, monkeypatch):
     """This process's client talks to the local Hub too."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True, raising=False)  # older ones know no XET
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield server
     server.refuse = None
@@ -374,9 +385,8 @@ def test_share_blames_only_flags_that_it_has(trouble, local_hub, tmp_path, capsy
     assert re.match(r"custom-diffusion share: error: --hub_(token|model_id): ", line)
 
 
-def test_unreachable_hub_is_refused_in_one_line(monkeypatch):
+def test_unreachable_hub_is_refused_in_one_line(online, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(InputError, match="--push_to_hub: cannot reach the Hub at http:") as raised:
         make_repository("my-cat", TOKEN, asked_by="--push_to_hub")
     assert "\n" not in str(raised.value)
