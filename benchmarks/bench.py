@@ -108,13 +108,13 @@ def step_flags(steps):
     return [f"--max_train_steps={steps}", f"--checkpointing_steps={steps}"]
 
 
-def custom_diffusion_flags(data):
+def custom_diffusion_flags(data, flip=True):
     return [
         "--real_prior",
         f"--class_data_dir={data / 'class'}",
         "--instance_prompt=photo of a <new1> circle",
         "--modifier_token=<new1>",
-        "--hflip",
+        *(["--hflip"] if flip else []),
     ]
 
 

@@ -83,28 +83,33 @@ def launched(flags: list[str]) -> list[str]:
 def training_flags(
     folder: Path,
     class_word: str,
-    photos: Path,
+    photos: Path | None,
     class_data_dir: Path | None,
     steps: int = 1000,
     learning_rate: float = 5e-4,
     seed: int = 0,
     model: Path = MODEL,
 ) -> list[str]:
-    """Trains <new1> for the photos' thing into `folder`. Without `class_data_dir` there is no prior preservation."""
+    """Trains <new1> for the photos' thing into `folder`.
+
+    Without `class_data_dir` there is no prior preservation; without `photos`, a concepts list says what images there are.
+    """
     # --scale_lr doubles the rate for prior preservation; without it, the same rate takes twice the number.
     learning_rate *= 1 if class_data_dir else 2
     flags = [
         "--pretrained_model_name_or_path", str(model), "--output_dir", str(folder),
-        "--instance_data_dir", str(photos), "--instance_prompt", f"photo of a <new1> {class_word}",
         "--modifier_token", "<new1>", "--resolution", "64", "--train_batch_size", "2",
         "--max_train_steps", str(steps), "--learning_rate", str(learning_rate), "--scale_lr",
         "--lr_scheduler", "cosine", "--lr_warmup_steps", "0", "--seed", str(seed), "--dataloader_num_workers", "0",
     ]  # fmt: skip
     if class_data_dir:
         flags += [
-            "--with_prior_preservation", "--real_prior", "--prior_loss_weight", "1.0", "--class_prompt", class_word,
-            "--class_data_dir", str(class_data_dir), "--num_class_images", str(SHOWN),
+            "--with_prior_preservation", "--real_prior", "--prior_loss_weight", "1.0", "--num_class_images", str(SHOWN),
         ]  # fmt: skip
+    if photos:
+        flags += ["--instance_data_dir", str(photos), "--instance_prompt", f"photo of a <new1> {class_word}"]
+    if photos and class_data_dir:
+        flags += ["--class_prompt", class_word, "--class_data_dir", str(class_data_dir)]
     return flags
 
 
@@ -159,7 +164,7 @@ def main() -> None:
     class_data_dir = None if args.without_prior else retrieve_class_images(args.output)
     weights = args.output / ("weights_without_prior" if args.without_prior else "weights")
     flags = training_flags(
-        weights, concept.LOOK.shape, PHOTOS, class_data_dir, args.steps, args.learning_rate, args.seed, args.model
+        weights, concept.LOOK.shape, None, class_data_dir, args.steps, args.learning_rate, args.seed, args.model
     )
     described = described_photos(ROOT / PHOTOS, args.output / "photos", concept.LOOK.shape, class_data_dir)
     concepts_list = args.output / "concept_list.json"

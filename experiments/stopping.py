@@ -1,9 +1,9 @@
 # Copyright 2026 The Custom Diffusion trainer authors. Licensed under the Apache License, Version 2.0.
 """What `--stop_when_learned` saves and costs, measured on the small model: `python experiments/stopping.py`.
 
-Trains both concepts from many seeds to the end, as `runs.py` does, and scores each run twice: its weights, and its checkpoint at the
-step at which the flag would have ended it. That is the same run: the flag changes no step before. Prints the table and writes
-docs/stopping.json. Some hours; what is there is used again.
+Trains both concepts from many seeds to the end, with a prompt for each photo, and scores each run twice: its weights, and its
+checkpoint at the step at which the flag would have ended it. That is the same run: the flag changes no step before. Prints the table
+and writes docs/stopping.json. Some hours; what is there is used again.
 """
 
 import argparse
@@ -38,8 +38,10 @@ def stopping_step(weights: Path) -> int | None:
 
 def measure(args: argparse.Namespace, concept: str, seed: int, base: runs.Base) -> dict:
     """The steps that one run would have taken, and its scores at the end ("given") and there ("taken")."""
-    weights = runs.trained(args.work_dir, concept, seed, args.steps, threads=args.threads, model=args.model)
-    given = runs.scored(weights, seed, base, args.model)
+    flags = [*runs.FLAGS, *runs.described_flags(args.work_dir, concept)]
+    folder = args.work_dir / "described"
+    weights = runs.trained(folder, concept, seed, args.steps, flags, args.threads, args.model)
+    given = runs.scored(weights, seed, base, args.model, weights.parent / f"scores-{args.steps}.json")
     step = stopping_step(weights)
     if step is None:
         return {"seed": seed, "steps": args.steps, "given": given, "taken": given}

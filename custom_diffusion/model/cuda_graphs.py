@@ -4,12 +4,15 @@ A small batch keeps a fast GPU waiting for the CPU, which launches some thousand
 the same kernels.
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+
+from custom_diffusion.model.loading import image_layout
 
 
 def device_problems(device: torch.device) -> list[str]:
@@ -106,7 +109,7 @@ def record_unet(
 
     latents = torch.zeros(latents_shape, dtype=unet.dtype, device=unet.device)
     samples = (
-        latents.to(memory_format=torch.channels_last),  # as the VAE leaves them
+        latents.to(memory_format=image_layout(unet.device)),  # as the VAE leaves them
         torch.zeros(latents_shape[0], dtype=torch.int64, device=unet.device),
         text(features_shape),
         *(
@@ -117,7 +120,10 @@ def record_unet(
     # The parameters are arguments so that their gradients are recorded too. Other tensors over the same memory stand for
     # them meanwhile: autograd ties a parameter to the stream that it first meets it on, which must not be the recording's.
     aliases = [parameter.detach().requires_grad_() for parameter in trained.values()]
-    replay = torch.cuda.make_graphed_callables(predict, (*samples, *aliases))
+    with warnings.catch_warnings():
+        # The aliases are met on one stream in the warm-up, on another in the recording, and never again.
+        warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
+        replay = torch.cuda.make_graphed_callables(predict, (*samples, *aliases))
     for parameter in trained.values():
         parameter.grad = torch.zeros_like(parameter)
 

@@ -173,15 +173,24 @@ def straight_to(device: torch.device) -> dict:
     return {"": torch.device("cpu") if device.type == "cpu" else device}
 
 
-def lay_out(module: nn.Module) -> nn.Module:
-    """Place the weights in memory as the device computes best, and alike wherever they were read from.
+def image_layout(device: torch.device) -> torch.memory_format:
+    """How images and latents are to lie in memory: channels last on a CPU, whose convolutions are faster so.
 
-    Convolutions of an accelerator are faster channels-last. On a CPU nothing is gained by that, and the weights can stay in the
-    mapped file without a copy, but for matrices that meet a single row: such a product is summed in an order that depends on
-    where the matrix begins in memory. In a file it begins anywhere, and the same weights would train to other bits from another.
+    CUDA's group normalisation puts channels first, whatever it is given: on an H200 the UNet was as fast either way, and the VAE
+    a fifth faster without the copies.
+    """
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+
+
+def lay_out(module: nn.Module) -> nn.Module:
+    """Place the weights in memory alike wherever they were read from.
+
+    On a CPU they can stay in the mapped file without a copy, but for matrices that meet a single row: such a product is summed in
+    an order that depends on where the matrix begins in memory. In a file it begins anywhere, and the same weights would train to
+    other bits from another.
     """
     if module.device.type != "cpu":
-        return module.to(memory_format=torch.channels_last)
+        return module
     for name, parameter in module.named_parameters():
         if not _ONE_ROW.isdisjoint(name.split(".")) and parameter.data_ptr() % _ALIGNMENT:
             parameter.data = parameter.data.clone()

@@ -3,6 +3,10 @@
 import torch
 from diffusers import AutoencoderKL
 
+from custom_diffusion.model.loading import image_layout
+
+PIXELS_AT_ONCE = 4 * 512 * 512  # one image of 1024 x 1024
+
 
 class LatentEncoder:
     """Encodes batches of `samples.collate` into latents.
@@ -49,11 +53,12 @@ class LatentEncoder:
     def moments(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the posterior, each (B, C, h, w) float32, of (B, 3, H, W) pixels.
 
-        Images are encoded one at a time. So their latents do not depend on what else is in the batch; and a large image takes
-        the VAE more memory than the UNet then keeps for it.
+        As many images at once as have `PIXELS_AT_ONCE`. Each alone would keep a GPU waiting for kernels to be launched; and a large
+        one takes the VAE more memory than the UNet then keeps for it.
         """
-        pixel_values = pixel_values.to(self.vae.dtype, memory_format=torch.channels_last)
-        posteriors = [self.vae.encode(image).latent_dist for image in pixel_values.split(1)]
+        pixel_values = pixel_values.to(self.vae.dtype, memory_format=image_layout(self.vae.device))
+        at_once = max(1, PIXELS_AT_ONCE // pixel_values[0, 0].numel())
+        posteriors = [self.vae.encode(images).latent_dist for images in pixel_values.split(at_once)]
         mean, std = (torch.cat([getattr(p, name) for p in posteriors]).float() for name in ("mean", "std"))
         return mean, std
 

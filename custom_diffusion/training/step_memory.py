@@ -168,7 +168,6 @@ def count_training(
     text_pass = count_passes(lambda: text.encode_ids(ids)[0], [text])
     num_images, width = settings.num_images, unet.config.cross_attention_dim
     latents = torch.empty(num_images, unet.config.in_channels, latent_size, latent_size, dtype=unet.dtype)
-    latents = latents.to(memory_format=torch.channels_last)  # as the VAE leaves them
     timesteps = torch.empty(num_images, dtype=torch.int64)
     features = torch.empty(num_images, length, width, dtype=unet.dtype, requires_grad=True)
     pooled = text.encode_ids(ids)[1]
