@@ -55,7 +55,6 @@ from custom_diffusion.training.augmentation import PROMPT_PREFIXES
 from custom_diffusion.training.checkpoints import find_resume, last_good, restore
 from custom_diffusion.training.class_images import class_images, generate_class_images, held_out_class_images
 from custom_diffusion.training.curve import (
-    WINDOW,
     Curve,
     FixedSet,
     affordable_samples,
@@ -186,8 +185,7 @@ def main(args, concepts):
     reports, loss_scale = StepReports(accelerator), LossScale(accelerator.scaler, output_dir)
     bar = make_bar(max_train_steps, progress.step, accelerator)
     losses = {}  # of the step so far, by name
-    learned = args.stop_when_learned and learned_at(curve.points) is not None  # a run that had ended stays so
-    for batch in () if learned else batches:  # they end when `progress` has reached max_train_steps
+    for batch in batches:  # they end when `progress` has reached max_train_steps
         # Forward and backward pass; with accumulation, several of them make a step
         with accelerator.accumulate(model):
             batch = send_to_device(batch, device, non_blocking=True)
@@ -233,9 +231,6 @@ def main(args, concepts):
             write_together(accelerator, output_dir, run_folder.save_checkpoint, progress.step, progress.position, best)
         if stop_signal:
             raise RunStopped(interrupted_message(output_dir, progress.step), status=128 + stop_signal)
-        if args.stop_when_learned and learned_at(curve.points) is not None:  # the same points in every process
-            logger.info(f"Learned: the photos' loss has stopped falling at step {progress.step} of {max_train_steps}")
-            break
         if validating and not at_end:
             validation.during_training(concept_model, progress.step)
         if checkpointing or validating:
@@ -322,12 +317,6 @@ def check_flags_fit(args, concepts, plan, shape, tokenizers, device):
         problems.append("--cache_latents: an inpainting model sees another hole in an image each time; leave it out")
     if args.cuda_graphs:
         problems += device_problems(device)
-    earliest = 2 * WINDOW * args.validation_steps
-    if args.stop_when_learned and args.max_train_steps and earliest >= args.max_train_steps:
-        problems.append(
-            f"--stop_when_learned: nothing can be said before step {earliest} of {args.max_train_steps}; "
-            f"lower --validation_steps to {max((args.max_train_steps - 1) // (2 * WINDOW), 1)}"
-        )
     if problems:
         raise InputError(*problems)
 

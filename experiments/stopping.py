@@ -1,9 +1,9 @@
 # Copyright 2026 The Custom Diffusion trainer authors. Licensed under the Apache License, Version 2.0.
-"""What `--stop_when_learned` saves and costs, measured on the small model: `python experiments/stopping.py`.
+"""What it would save and cost to stop where the curve says "learned", on the small model: `python experiments/stopping.py`.
 
 Trains both concepts from many seeds to the end, with a prompt for each photo, and scores each run twice: its weights, and its
-checkpoint at the step at which the flag would have ended it. That is the same run: the flag changes no step before. Prints the table
-and writes docs/stopping.json. Some hours; what is there is used again.
+checkpoint at the step that its curve calls learned, which is where a run that stops there would have ended. Prints the table and
+writes docs/stopping.json. Some hours; what is there is used again.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def stopping_step(weights: Path) -> int | None:
-    """At which step of the run in this folder the flag would have ended it; None if not before its end."""
+    """The step that the curve of the run in this folder calls learned; None if it is not before its end."""
     points = json.loads((weights / CURVE_VALUES).read_text())["points"]
     points = [Point(point["step"], point[CONCEPT_LOSS], point.get(PRIOR_LOSS)) for point in points]
     step = learned_at(points)

@@ -305,31 +305,8 @@ def falling_then_lying():
     curves.FixedSet.measure = lambda self, model, step: Point(step, FALLS_THEN_LIES[step], None)
 
 
-def test_a_run_ends_when_it_has_learned_and_stays_ended(arguments, tmp_path, trained_difference):
-    changes = {"validation_steps": 1, "checkpointing_steps": 4, "lr_scheduler": "cosine", "max_train_steps": 12}
-    changes = arguments | changes | {"train_batch_size": 1, "stop_when_learned": True, "output_dir": tmp_path / "out"}
-    runs = launch.run_group(2, changes, tmp_path / "log", changed_by=falling_then_lying)
-    for run in runs:
-        run.ok()
-    assert "has stopped falling at step 8 of 12" in runs[0].output
-    assert read_weights(tmp_path / "out").config["steps"] == read_curve(tmp_path / "out")["learned"] == 8
-    assert (tmp_path / "out" / CURVE_IMAGE).is_file()
-    assert trained_difference(tmp_path / "out", tmp_path / "out/checkpoint-8") == 0
-
-    shutil.copytree(tmp_path / "out", tmp_path / "first")
-    for name in ("checkpoint-8", "checkpoint-4"):  # finished, and on the way there
-        again = changes | {"resume_from_checkpoint": name, "train_batch_size": 2}
-        output = launch.Run(launch.FORKED, again, tmp_path / name, changed_by=falling_then_lying).ok()
-        assert f"Resuming from {name}" in output
-        assert read_curve(tmp_path / "out") == read_curve(tmp_path / "first")
-        assert read_weights(tmp_path / "out").config["steps"] == 8
-        assert trained_difference(tmp_path / "out", tmp_path / "first") < 1e-5
-    assert not (tmp_path / "out/checkpoint-12").exists()
-
-
-def test_a_run_too_short_to_be_judged_is_refused(arguments, tmp_path):
-    changes = {"stop_when_learned": True, "max_train_steps": 12, "output_dir": tmp_path / "out"}
-    refused = launch.run(launch.FORKED, arguments | changes, tmp_path / "log")
-    assert refused.status == 2
-    (message,) = refused.messages
-    assert "nothing can be said before step 12 of 12" in message and message.endswith("lower --validation_steps to 1")
+def test_the_curve_says_when_it_was_learned(arguments, tmp_path):
+    changes = {"validation_steps": 1, "max_train_steps": 12, "output_dir": tmp_path / "out"}
+    launch.Run(launch.FORKED, arguments | changes, tmp_path / "log", changed_by=falling_then_lying).ok()
+    assert read_curve(tmp_path / "out")["learned"] == 8
+    assert read_weights(tmp_path / "out").config["steps"] == 12

@@ -24,7 +24,7 @@ RECORDED_OTHERWISE = {"modifier_token", "instance_data_dir", "instance_prompt", 
 # Where a run writes, what it reports, how it is computed, and what is drawn before it starts.
 NO_COURSE = {
     "help", "class_data_dir", "sample_batch_size", "prior_generation_precision", "dataloader_num_workers", "output_dir",
-    "set_grads_to_none", "checkpointing_steps", "checkpoints_total_limit", "keep_best", "stop_when_learned", "resume_from_checkpoint",
+    "set_grads_to_none", "checkpointing_steps", "checkpoints_total_limit", "keep_best", "resume_from_checkpoint",
     "no_safe_serialization", "validation_prompt", "num_validation_images", "validation_steps", "logging_dir", "report_to",
     "push_to_hub", "hub_token", "hub_model_id", "gradient_checkpointing", "allow_tf32",
     "enable_xformers_memory_efficient_attention", "local_rank", "cuda_graphs",

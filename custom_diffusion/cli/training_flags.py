@@ -131,11 +131,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gradient_accumulation_steps", type=int, default=1, help="Forward passes per optimizer step.")
     add("--num_train_epochs", type=int, default=1, help="Passes over the images, unless --max_train_steps is given.")
     add("--max_train_steps", type=int, help="Optimizer steps; replaces --num_train_epochs.")
-    add(
-        "--stop_when_learned",
-        action="store_true",
-        help="End before --max_train_steps, when the photos' loss on the fixed set has stopped falling.",
-    )
     add("--learning_rate", type=float, default=1e-5, help="Peak learning rate, before --scale_lr.")
     add(
         "--scale_lr",
