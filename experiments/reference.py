@@ -2,8 +2,8 @@
 """Does this script learn as well as the reference? `python experiments/reference.py --reference path/to/train_custom_diffusion.py`.
 
 Both train the small model from the same photos, class images and flags: one concept without augmentation; with it; all of
-cross-attention; two concepts. Without augmentation the reference leaves a border out of the loss that this script does not; so
-there is a third side, this script with that border. Prints the table and writes docs/reference.json. Two hours of one core; what
+cross-attention; two concepts. Without augmentation the reference leaves a border out of the loss that this script does not, and of
+several new words it does not train the last one's embedding; so there are further sides, this script with the one or the other. Prints the table and writes docs/reference.json. Two hours of one core; what
 is there is used again.
 """
 
@@ -17,7 +17,7 @@ from concept import LOOK
 
 WITHOUT_TORCHVISION = runs.ROOT / "benchmarks/without_torchvision.py"
 SCORES = ("concept", "prior", "prior_class", "leakage")
-OURS, BORDER, REFERENCE = "ours", "ours with a border", "reference"
+OURS, BORDER, FIXED, REFERENCE = "ours", "ours with a border", "ours, last word fixed", "reference"
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,15 +37,16 @@ def settings() -> list[dict]:
         {"concept": LOOK.shape, "flags": plain, "sides": with_border},
         {"concept": LOOK.shape, "flags": [], "sides": (OURS, REFERENCE)},
         {"concept": LOOK.shape, "flags": all_of_attention, "sides": with_border},
-        {"concept": runs.JOINT, "flags": plain, "sides": with_border},
+        {"concept": runs.JOINT, "flags": plain, "sides": (OURS, BORDER, FIXED, REFERENCE)},
     ]
 
 
 def measure(args: argparse.Namespace, setting: dict, side: str, seed: int) -> dict[str, float]:
-    """The scores of a run; of two concepts, their mean."""
+    """The scores of a run; of two concepts, their mean, and the concept's score of each."""
     scripts = {
         OURS: (runs.SCRIPT,),
         BORDER: (runs.VARIANTS, "border"),
+        FIXED: (runs.VARIANTS, "last-word-fixed"),
         REFERENCE: (WITHOUT_TORCHVISION, args.reference),
     }
     work_dir = args.work_dir / "-".join(["", *setting["flags"], *side.split()]).strip("-")
@@ -53,27 +54,29 @@ def measure(args: argparse.Namespace, setting: dict, side: str, seed: int) -> di
     weights = runs.trained(work_dir, concept, seed, args.steps, flags, args.threads, args.model, script=scripts[side])
     bases = runs.baselines.read(args.model)
     words = runs.WORDS if concept == runs.JOINT else {concept: "<new1>"}
-    found = [
-        runs.scored(weights, seed, bases[name], args.model, weights.parent / f"scores-{name}.json", word)
+    found = {
+        name: runs.scored(weights, seed, bases[name], args.model, weights.parent / f"scores-{name}.json", word)
         for name, word in words.items()
-    ]
-    return {key: float(np.mean([scores[key] for scores in found])) for key in SCORES}
+    }
+    means = {key: float(np.mean([scores[key] for scores in found.values()])) for key in SCORES}
+    return means | {name: scores["concept"] for name, scores in found.items() if len(found) > 1}
 
 
 def table_of(rows: list[dict]) -> str:
     """Markdown: each side's scores, and how far ours is from the reference, seed by seed."""
-    lines = [["", *SCORES]]
+    columns = (*SCORES, *runs.WORDS)
+    lines = [["", *columns]]
     for row in rows:
-        what = ", ".join([row["concept"], *filter(None, [" ".join(row["flags"])])])
-        for side, summary in row["sides"].items():
-            lines.append([f"{what}: {side}", *(runs.cell(summary[key]["values"]) for key in SCORES)])
-        for side in (OURS, BORDER):
-            if side in row["sides"]:
-                differences = (
-                    np.subtract(row["sides"][side][key]["values"], row["sides"][REFERENCE][key]["values"])
-                    for key in SCORES
-                )
-                lines.append([f"{side} less the reference", *(runs.cell(values, "+") for values in differences)])
+        what, sides = " ".join([row["concept"], *row["flags"]]), row["sides"]
+        values = {
+            side: {key: summary[key]["values"] for key in columns if key in summary} for side, summary in sides.items()
+        }
+        for side, own in values.items():
+            lines.append([f"{what}: {side}", *(runs.cell(own[key]) if key in own else "" for key in columns)])
+        theirs = values.pop(REFERENCE)
+        for side, own in values.items():
+            differences = (runs.cell(np.subtract(own[key], theirs[key]), "+") if key in own else "" for key in columns)
+            lines.append([f"{side} less the reference", *differences])
     return runs.table(lines)
 
 

@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from custom_diffusion.model.concept_model import ConceptModel
 from custom_diffusion.training import samples
 from custom_diffusion.training.augmentation import photo_mask
 
@@ -28,7 +29,21 @@ def mask_the_border() -> None:
     samples.photo_mask = lambda augmentation, *sizes: photo_mask(replace(augmentation, padded=True), *sizes)
 
 
-VARIANTS = {"photos-as-whole": pass_photos_off_as_whole, "border": mask_the_border}
+def keep_the_last_word() -> None:
+    """The last of several new words has no gradient, as in the reference script."""
+    make = ConceptModel.__init__
+
+    def make_with_a_fixed_row(self, unet, text):
+        make(self, unet, text)
+        for rows in text.trained_rows():
+            rows.register_hook(lambda gradient: torch.cat([gradient[:-1], torch.zeros_like(gradient[-1:])]))
+
+    ConceptModel.__init__ = make_with_a_fixed_row
+
+
+VARIANTS = {
+    "photos-as-whole": pass_photos_off_as_whole, "border": mask_the_border, "last-word-fixed": keep_the_last_word,
+}  # fmt: skip
 
 if __name__ == "__main__":
     VARIANTS[sys.argv.pop(1)]()

@@ -93,6 +93,18 @@ def test_a_variant_changes_its_one_thing(name, function, arguments, before, afte
     assert getattr(variants.samples, function)(*arguments).tolist() == after
 
 
+def test_the_last_word_can_stay_as_it_was(monkeypatch):
+    make = variants.ConceptModel.__init__
+    monkeypatch.setattr(variants.ConceptModel, "__init__", make)  # put back after the test
+    variants.VARIANTS["last-word-fixed"]()
+    rows = [torch.ones(2, 3, requires_grad=True), torch.ones(2, 5, requires_grad=True)]
+    text = torch.nn.Module()
+    text.trained_rows = lambda: rows
+    variants.ConceptModel(torch.nn.Module(), text)
+    sum((row**2).sum() for row in rows).backward()
+    assert [row.grad.tolist() for row in rows] == [[[2] * 3, [0] * 3], [[2] * 5, [0] * 5]]
+
+
 def test_a_run_is_trained_once(work_dir, weights, tiny_model, monkeypatch):
     monkeypatch.setattr(runs, "run", None)  # would fail if called
     assert runs.trained(work_dir, "circle", seed=3, steps=2, threads=2, model=tiny_model) == weights
