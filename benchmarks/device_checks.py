@@ -92,8 +92,13 @@ def run_checks(runner, folder: Path, *, cuda: bool, quick: bool) -> Iterator[dic
     # Runs that begin where another ended wait for it.
     first = [check for check in possible if RESUME not in check.flags]
     with ThreadPoolExecutor(8 if cuda else 1) as pool:
-        runs = dict(zip((check.name for check in first), pool.map(train, first)))
-    yield from (result_of(check, folder, runs, missing(check, cuda)) for check in wanted if RESUME not in check.flags)
+        started = {check.name: pool.submit(train, check) for check in first}
+        runs = {}
+        for check in wanted:
+            if check in first:
+                runs[check.name] = started[check.name].result()
+            if RESUME not in check.flags:
+                yield result_of(check, folder, runs, missing(check, cuda))
     for check in possible:
         if check not in first:
             source, target = (output_dir(folder, name) / "checkpoint-1" for name in (check.like, check.name))
@@ -120,6 +125,7 @@ def missing(check: Check, cuda: bool) -> str | None:
 
 
 def argv(check: Check, folder: Path, data: Path, steps: int) -> list[str]:
+    # Unmirrored, as cached views are mirrored otherwise and would show other photos.
     common = common_flags(
         MODEL, data, num_class_images=4, resolution=64, batch_size=2, mixed_precision="no"
     )  # of a flag given twice, the last counts

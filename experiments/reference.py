@@ -2,9 +2,9 @@
 """Does this script learn as well as the reference? `python experiments/reference.py --reference path/to/train_custom_diffusion.py`.
 
 Both train the small model from the same photos, class images and flags: one concept without augmentation; with it; all of
-cross-attention; two concepts. Without augmentation the reference leaves a border out of the loss that this script does not, and of
-several new words it does not train the last one's embedding; so there are further sides, this script with the one or the other. Prints the table and writes docs/reference.json. Two hours of one core; what
-is there is used again.
+cross-attention; two concepts. The reference leaves a border out of the loss where nothing is augmented, and never trains the last
+of several new words; so there are further sides, this script with the one or the other. Prints the table and writes
+docs/reference.json. Two hours of one core; what is there is used again.
 """
 
 import argparse
@@ -32,11 +32,11 @@ def parse_args() -> argparse.Namespace:
 def settings() -> list[dict]:
     """What is trained: the concept or both, its flags, and the sides that there are. The first, and others with one difference."""
     plain, all_of_attention = ["--noaug"], ["--noaug", "--freeze_model", "crossattn"]
-    with_border = (OURS, BORDER, REFERENCE)
+    sides_with_border = (OURS, BORDER, REFERENCE)
     return [
-        {"concept": LOOK.shape, "flags": plain, "sides": with_border},
+        {"concept": LOOK.shape, "flags": plain, "sides": sides_with_border},
         {"concept": LOOK.shape, "flags": [], "sides": (OURS, REFERENCE)},
-        {"concept": LOOK.shape, "flags": all_of_attention, "sides": with_border},
+        {"concept": LOOK.shape, "flags": all_of_attention, "sides": sides_with_border},
         {"concept": runs.JOINT, "flags": plain, "sides": (OURS, BORDER, FIXED, REFERENCE)},
     ]
 
@@ -63,7 +63,7 @@ def measure(args: argparse.Namespace, setting: dict, side: str, seed: int) -> di
 
 
 def table_of(rows: list[dict]) -> str:
-    """Markdown: each side's scores, and how far ours is from the reference, seed by seed."""
+    """Markdown: each side's scores, and how far each of ours is from the reference, seed by seed."""
     columns = (*SCORES, *runs.WORDS)
     lines = [["", *columns]]
     for row in rows:

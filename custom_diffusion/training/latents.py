@@ -63,6 +63,7 @@ class LatentEncoder:
         return mean, std
 
     def _fill_cache(self, batch):
+        # One by one: which views are missing differs after a resume, and latents must not depend on it.
         for index, view in enumerate(batch["pixel_views"]):
             if view not in self.cache:
                 moments = self.moments(batch["pixel_values"][index : index + 1])
