@@ -63,7 +63,7 @@ def measure(args: argparse.Namespace, setting: dict, side: str, seed: int) -> di
 
 
 def table_of(rows: list[dict]) -> str:
-    """Markdown: each side's scores, and how far each of ours is from the reference, seed by seed."""
+    """Markdown: each side's scores, and differences of sides, seed by seed."""
     columns = (*SCORES, *runs.WORDS)
     lines = [["", *columns]]
     for row in rows:
@@ -73,10 +73,12 @@ def table_of(rows: list[dict]) -> str:
         }
         for side, own in values.items():
             lines.append([f"{what}: {side}", *(runs.cell(own[key]) if key in own else "" for key in columns)])
-        theirs = values.pop(REFERENCE)
-        for side, own in values.items():
+        pairs = [(side, REFERENCE) for side in values if side != REFERENCE]
+        pairs += [(side, OURS) for side in values if side in (BORDER, FIXED)]
+        for side, other in pairs:
+            own, theirs = values[side], values[other]
             differences = (runs.cell(np.subtract(own[key], theirs[key]), "+") if key in own else "" for key in columns)
-            lines.append([f"{side} less the reference", *differences])
+            lines.append([f"{side} less {other}", *differences])
     return runs.table(lines)
 
 
