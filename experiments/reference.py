@@ -2,9 +2,9 @@
 """Does this script learn as well as the reference? `python experiments/reference.py --reference path/to/train_custom_diffusion.py`.
 
 Both train the small model from the same photos, class images and flags: one concept without augmentation; with it; all of
-cross-attention; two concepts. The reference leaves a border out of the loss where nothing is augmented, and never trains the last
-of several new words; so there are further sides, this script with the one or the other. Prints the table and writes
-docs/reference.json. Two hours of one core; what is there is used again.
+cross-attention; two concepts. The reference leaves a border out of the loss where nothing is augmented, and before March 2024 never
+trained the last of several new words; so there are further sides, this script with the one or the other. Prints the table and
+writes docs/reference.json. Two hours of one core; what is there is used again.
 """
 
 import argparse

@@ -30,7 +30,7 @@ def mask_the_border() -> None:
 
 
 def keep_the_last_word() -> None:
-    """The last of several new words has no gradient, as in the reference script."""
+    """The last of several new words has no gradient, as in the reference script before March 2024."""
     make = ConceptModel.__init__
 
     def make_with_a_fixed_row(self, unet, text):
