@@ -419,7 +419,6 @@ def make_samples(args, concepts, plan, noise_scheduler):
     if args.with_prior_preservation:
         for concept in concepts:
             class_image_files += class_images(concept, args.num_class_images, args.real_prior)
-        class_image_files = list(dict.fromkeys(class_image_files))  # concepts may share a class
     latent_channels, latent_size, _ = plan.latent_shape
     settings = SampleSettings(
         seed=args.seed,

@@ -159,22 +159,6 @@ def test_cat_and_wooden_pot(tmp_path, tiny_v_model, pictures):
     assert np.abs(drawn - base).max() > 1
 
 
-def test_concepts_of_one_class_show_its_images_once_each(tmp_path, tiny_model, pictures):
-    """A prompt for each folder of photos, as the README advises; an epoch and the cache grow with the images, not with entries."""
-    concepts = [
-        {"instance_prompt": f"photo of a <new1> cat {place}", "instance_data_dir": str(pictures / "data/cat"),
-         "class_prompt": "cat", "class_data_dir": str(pictures / "real_reg/samples_cat")}
-        for place in ("in a bucket", "on a sofa")
-    ]  # fmt: skip
-    (tmp_path / "concept_list.json").write_text(json.dumps(concepts))
-    arguments = COMMON | {
-        "pretrained_model_name_or_path": tiny_model, "output_dir": tmp_path / "out", "with_prior_preservation": True,
-        "concepts_list": "concept_list.json", "real_prior": True, "num_class_images": 6, "modifier_token": "<new1>",
-        "max_train_steps": 1,
-    }  # fmt: skip
-    assert "2 prompt(s) and 6 class images" in run(FORKED, arguments, tmp_path / "run.log").ok()
-
-
 def test_person(tmp_path, tiny_model, pictures):
     """The guide's command for faces, with generated class images, accumulation and gradient checkpointing."""
     out = tmp_path / "out"

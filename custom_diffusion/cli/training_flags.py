@@ -96,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--num_class_images",
         type=int,
         default=200,
-        help="Class images per folder of them; missing ones are generated without --real_prior.",
+        help="Class images per concept; missing ones are generated without --real_prior.",
     )
     add("--sample_batch_size", type=int, default=4, help="Class images generated at a time, per process.")
     add(
