@@ -1,10 +1,10 @@
 # Copyright 2026 The Custom Diffusion trainer authors. Licensed under the Apache License, Version 2.0.
 """Does this script learn as well as the reference? `python experiments/reference.py --reference path/to/train_custom_diffusion.py`.
 
-Both train the small model from the same photos, class images and flags: one concept without augmentation; with it; all of
-cross-attention; two concepts. The reference leaves a border out of the loss where nothing is augmented, and before March 2024 never
-trained the last of several new words; so there are further sides, this script with the one or the other. Prints the table and
-writes docs/reference.json. Two hours of one core; what is there is used again.
+Both train the small model from the same photos, class images and flags: one concept or two, keys and values or all of
+cross-attention, without augmentation or with it. The reference leaves a border out of the loss where nothing is augmented, and
+before March 2024 never trained the last of several new words; so there are further sides, this script with the one or the other.
+Prints the table and writes docs/reference.json. Four hours of one core; what is there is used again.
 """
 
 import argparse
@@ -30,15 +30,18 @@ def parse_args() -> argparse.Namespace:
 
 
 def settings() -> list[dict]:
-    """What is trained: the concept or both, its flags, and the sides that there are. The first, and others with one difference."""
-    plain, all_of_attention = ["--noaug"], ["--noaug", "--freeze_model", "crossattn"]
-    sides_with_border = (OURS, BORDER, REFERENCE)
-    return [
-        {"concept": LOOK.shape, "flags": plain, "sides": sides_with_border},
-        {"concept": LOOK.shape, "flags": [], "sides": (OURS, REFERENCE)},
-        {"concept": LOOK.shape, "flags": all_of_attention, "sides": sides_with_border},
-        {"concept": runs.JOINT, "flags": plain, "sides": (OURS, BORDER, FIXED, REFERENCE)},
-    ]
+    """What is trained: the concept or both, its flags, and the sides that there are. Every combination of three choices."""
+    found = []
+    for concept in (LOOK.shape, runs.JOINT):
+        for attention in ([], ["--freeze_model", "crossattn"]):
+            for augmentation in (["--noaug"], []):
+                sides = [OURS, REFERENCE]
+                if augmentation and not (concept == runs.JOINT and attention):  # three settings tell what a border does
+                    sides.insert(1, BORDER)
+                if augmentation and concept == runs.JOINT and not attention:
+                    sides.insert(2, FIXED)
+                found.append({"concept": concept, "flags": [*augmentation, *attention], "sides": tuple(sides)})
+    return found
 
 
 def measure(args: argparse.Namespace, setting: dict, side: str, seed: int) -> dict[str, float]:
