@@ -501,3 +501,42 @@ def test_only_the_first_process_of_a_machine_speaks(run_arguments, tmp_path):
     runs = launch.run_group(2, wrong, tmp_path / "log")
     assert [run.wait() for run in runs] == [2, 2]
     assert [len(run.messages) for run in runs] == [1, 0]
+
+
+def late_first_process(folder, delay):
+    """The environment in which torchrun's first process does `delay`, Python code, before anything else."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(f"import os, time\n\nif os.environ.get('LOCAL_RANK') == '0':\n{delay}")
+    return {"PYTHONPATH": f"{launch.ROOT}:{folder}"}
+
+
+def test_a_first_process_that_comes_late_still_speaks(run_arguments, tmp_path):
+    """A launcher ends the others as soon as one has ended, which must not be before the reason is told."""
+    wrong = run_arguments | {"output_dir": tmp_path / "out", "learning_rate": "nan"}
+    late = late_first_process(tmp_path / "packages", "    time.sleep(3)")
+    run = launch.run(launch.torchrun(2), wrong, tmp_path / "log", late)
+    assert run.status == 1  # the launcher's own
+    assert run.messages == ["--learning_rate: nan must be a finite number"]
+
+
+def test_a_first_process_that_comes_late_still_tells_why_the_run_stopped(run_arguments, tmp_path):
+    diverging = run_arguments | {"output_dir": tmp_path / "out", "learning_rate": 1e30, "max_train_steps": 4}
+    slow_print = (
+        "    import tqdm\n"
+        "    write = tqdm.tqdm.write\n"
+        "    tqdm.tqdm.write = lambda *args, **kwargs: (time.sleep(2), write(*args, **kwargs))\n"
+    )
+    late = late_first_process(tmp_path / "packages", slow_print)
+    run = launch.run(launch.torchrun(2), diverging, tmp_path / "log", late)
+    (message,) = run.messages
+    assert "is nan at step" in message
+
+
+def test_a_process_that_alone_has_a_problem_tells_it(run_arguments, tmp_path):
+    (tmp_path / "packages").mkdir()
+    only_the_second = "import os\nif os.environ.get('LOCAL_RANK') == '1': os.environ['ACCELERATE_USE_FSDP'] = 'true'"
+    (tmp_path / "packages/sitecustomize.py").write_text(only_the_second)
+    environment = {"PYTHONPATH": f"{launch.ROOT}:{tmp_path / 'packages'}"}
+    arguments = run_arguments | {"output_dir": tmp_path / "out"}
+    (message,) = launch.run(launch.torchrun(2), arguments, tmp_path / "log", environment).messages
+    assert message.startswith("accelerate config: FSDP ")
