@@ -16,7 +16,9 @@ from tiny import make_clip, make_dino
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import judge_and_metrics
+import leakage
 import merging
+import reference
 import runs
 import small_clip
 import stopping
@@ -177,6 +179,36 @@ def test_stopping_is_compared_run_by_run():
     assert row["differences"]["prior"] == {"mean": 0.0, "standard error": 0.0}
     line = stopping.table_of([row]).splitlines()[2]
     assert line == "| circle | 500.0 ± 100.0 of 1000 | concept | 65.0 ± 5.0 | 62.0 ± 4.0 | -3.0 ± 1.0 |"
+
+
+def test_beside_the_reference_every_choice_meets_every_other():
+    choices = [
+        (setting["concept"], "--noaug" in setting["flags"], "--freeze_model" in setting["flags"])
+        for setting in reference.settings()
+    ]
+    assert len(choices) == len(set(choices)) == 8
+    sides = [setting["sides"] for setting in reference.settings()]
+    assert all({reference.OURS, reference.REFERENCE} <= set(side) for side in sides)
+
+
+def test_class_images_can_have_no_caption_but_the_class_word(tmp_path):
+    flag, file = runs.described_flags(leakage.captioned_with_the_class_word(tmp_path), leakage.CONCEPT)
+    for entry in json.loads(Path(file).read_text()):
+        folder = Path(entry["class_data_dir"])
+        assert folder.is_relative_to(tmp_path)
+        captions = (folder / "caption.txt").read_text().splitlines()
+        assert set(captions) == {leakage.CONCEPT}
+        assert len(captions) == len(list((folder / "images").iterdir()))
+
+
+def test_changes_are_compared_with_the_recipe_run_by_run():
+    def scores(*values):
+        return runs.summary([dict.fromkeys(leakage.SCORES, value) for value in values])
+
+    lines = leakage.table_of({leakage.RECIPE: scores(10.0, 20.0), "half the rate": scores(6.0, 18.0)}).splitlines()
+    assert lines[2].startswith(f"| {leakage.RECIPE} | 15.0 ± 5.0 |")
+    assert lines[3].startswith("| half the rate | 12.0 ± 6.0 |")
+    assert lines[4].startswith("| less the recipe | -3.0 ± 1.0 |")
 
 
 def test_the_authors_solution_is_exact_in_their_sentences_and_not_in_others():
