@@ -66,9 +66,9 @@ def measure(args: argparse.Namespace, setting: dict, side: str, seed: int) -> di
 
 
 def table_of(rows: list[dict]) -> str:
-    """Markdown: each side's scores, and differences of sides, seed by seed."""
+    """Markdown: each side's scores, and differences of sides, seed by seed; at the end the difference over all settings."""
     columns = (*SCORES, *runs.WORDS)
-    lines = [["", *columns]]
+    lines, over_all = [["", *columns]], {key: [] for key in SCORES}
     for row in rows:
         what, sides = " ".join([row["concept"], *row["flags"]]), row["sides"]
         values = {
@@ -82,6 +82,10 @@ def table_of(rows: list[dict]) -> str:
             own, theirs = values[side], values[other]
             differences = (runs.cell(np.subtract(own[key], theirs[key]), "+") if key in own else "" for key in columns)
             lines.append([f"{side} less {other}", *differences])
+        for key, differences in over_all.items():
+            differences.append(np.subtract(values[OURS][key], values[REFERENCE][key]))
+    means = (runs.cell(np.mean(differences, axis=0), "+") for differences in over_all.values())
+    lines.append([f"{OURS} less {REFERENCE}, mean of all settings", *means, *[""] * len(runs.WORDS)])
     return runs.table(lines)
 
 

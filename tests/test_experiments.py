@@ -191,8 +191,28 @@ def test_beside_the_reference_every_choice_meets_every_other():
     assert all({reference.OURS, reference.REFERENCE} <= set(side) for side in sides)
 
 
+def test_beside_the_reference_the_last_line_is_of_all_settings():
+    def row(concept, ours, theirs):
+        sides = {reference.OURS: ours, reference.REFERENCE: theirs}
+        return {
+            "concept": concept,
+            "flags": ["--noaug"],
+            "sides": {
+                side: runs.summary([dict.fromkeys(reference.SCORES, value) for value in values])
+                for side, values in sides.items()
+            },
+        }
+
+    lines = reference.table_of(
+        [row("circle", [1.0, 3.0], [2.0, 2.0]), row("joint", [8.0, 9.0], [3.0, 2.0])]
+    ).splitlines()
+    assert lines[4].startswith("| ours less reference | +0.0 ± 1.0 |")
+    assert lines[7].startswith("| ours less reference | +6.0 ± 1.0 |")
+    assert lines[8].startswith("| ours less reference, mean of all settings | +3.0 ± 1.0 |")
+
+
 def test_class_images_can_have_no_caption_but_the_class_word(tmp_path):
-    flag, file = runs.described_flags(leakage.captioned_with_the_class_word(tmp_path), leakage.CONCEPT)
+    _, file = runs.described_flags(leakage.captioned_with_the_class_word(tmp_path), leakage.CONCEPT)
     for entry in json.loads(Path(file).read_text()):
         folder = Path(entry["class_data_dir"])
         assert folder.is_relative_to(tmp_path)
