@@ -288,6 +288,19 @@ def test_a_pool_holds_so_many_augmentations_of_each_photo_and_one_crop_of_each_c
     ]
 
 
+def test_a_class_image_of_several_concepts_is_in_the_pool_once(tmp_path):
+    """Each concept has its own caption for it, and all show the same crop."""
+    Image.effect_noise((200, 100), 80).convert("RGB").save(tmp_path / "noise.png")
+    settings = replace(SETTINGS, pool_size=1, hflip=False)
+    class_images = [(tmp_path / "noise.png", caption) for caption in ("a cat", "an animal", "a pet")]
+    samples = TrainingSamples([(tmp_path / "noise.png", "a <new1> cat")], class_images, settings)
+    shown = [samples[position, True] for position in range(3)]
+    assert {sample["prompts"][1] for sample in shown} == {"a cat", "an animal", "a pet"}
+    assert len({sample["views"][1] for sample in shown}) == 1
+    first, *others = (torch.cat([s["pixel_values"][1].flatten(), s["time_ids"][1]]) for s in shown)
+    assert all(torch.equal(first, other) for other in others)
+
+
 def test_timesteps_and_noise(samples):
     samples.settings = replace(SETTINGS, num_train_timesteps=3, latent_channels=5)
     drawn = [samples[position, False] for position in range(40)]

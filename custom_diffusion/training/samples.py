@@ -43,7 +43,7 @@ class View(NamedTuple):
 
     Attributes:
         purpose: the random stream that renders it: PHOTO, CLASS_IMAGE, or PHOTO_POOL, CLASS_POOL with a pool of views.
-        index: which photo or class image.
+        index: which photo or class image; in a pool, of a class image that several concepts have, the first.
         draw: which draw of it: the position in the run, or the number in the pool.
         flip: a class image is mirrored (photos draw this with the rest of their augmentation).
     """
@@ -91,6 +91,8 @@ class TrainingSamples(Dataset):
             self.photo_sizes.append(image.size)
             self.photos.append((shrink_to(image, largest, enlarge=False), prompt))
         self.class_images = class_images
+        first_with = {path: index for index, (path, _) in reversed(list(enumerate(class_images)))}
+        self._same_file = [first_with[path] for path, _ in class_images]  # concepts may share their class images
         self._class_sizes = {}  # (width, height) by path
         self.epoch_length = max(len(photos), len(class_images))
 
@@ -110,7 +112,8 @@ class TrainingSamples(Dataset):
             views = [View(PHOTO, photo, position), View(CLASS_IMAGE, class_image, position, flip)]
         else:
             draw = int(choice.integers(s.pool_size))
-            views = [View(PHOTO_POOL, photo, draw), View(CLASS_POOL, class_image, 0, flip)]
+            file = None if class_image is None else self._same_file[class_image]
+            views = [View(PHOTO_POOL, photo, draw), View(CLASS_POOL, file, 0, flip)]
         return views[:1] if class_image is None else views
 
     def __getitem__(self, item: tuple[int, bool]) -> dict:
@@ -132,7 +135,7 @@ class TrainingSamples(Dataset):
         if with_pixels:
             pixels.append(render_photo(photo, augmentation, s.size))
         for view in views[1:]:
-            path, caption = self.class_images[view.index]
+            path, caption = self.class_images[self.indices(position)[1]]
             prompts.append(caption)
             image = open_image(path) if with_pixels or path not in self._class_sizes else None
             crop, own_time_ids = self._class_crop(path, image, view)
