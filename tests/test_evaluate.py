@@ -26,6 +26,8 @@ from tiny import make_class_folder, make_clip, make_dino, make_model, make_pictu
 from custom_diffusion import evaluate, load_custom_diffusion, read_weights
 from custom_diffusion.cli.training_flags import build_parser
 from custom_diffusion.errors import InputError
+from custom_diffusion.evaluation import run
+from custom_diffusion.evaluation.page import _plot
 from custom_diffusion.evaluation.prompts import PROMPT_SETS, concept_of, read_prompts, without_tokens
 from custom_diffusion.files import CONFIG_NAME
 
@@ -214,6 +216,20 @@ def test_the_best_image_of_a_prompt_is_marked(evaluated):
         assert f'<figure class="worst"><img src="{those[0]["file"]}"' in text
 
 
+def test_the_plots_lead_from_checkpoint_to_checkpoint():
+    """The folder of a run has the weights of its last checkpoint; of two runs nothing leads from one to the other."""
+
+    def line(*rows):
+        rows = [{"weights": name, "steps": steps, "dino": score} for name, steps, score in rows]
+        return re.search('<polyline points="([^"]*)"', _plot(rows, "dino")).group(1)
+
+    run = [("a/checkpoint-100", 100, 0.2), ("a/checkpoint-200", 200, 0.4)]
+    assert len(line(*run).split()) == 2
+    assert line(("a", 200, 0.4), *run) == line(*run)
+    assert not line(("b", 200, 0.3), *run)
+    assert not line(("merged", None, 0.3), *run)
+
+
 def test_nothing_is_drawn_twice_and_more_is_added(evaluated, world, tmp_path, capsys):
     output = shutil.copytree(evaluated[0], tmp_path / "scores")
     before = drawn(output)
@@ -250,8 +266,74 @@ def test_an_image_of_somebody_else_is_left_alone(evaluated, world, tmp_path, cap
     Image.new("RGB", (64, 64)).save(image)
     argv = ["--model", json.loads((output / "results.json").read_text())["settings"]["model"], "--concept", "cat"]
     assert "was not drawn by this tool" in error_of(capsys, *argv, *flags(world, output))
+    whole = (evaluated[0] / "images/base/000-0.png").read_bytes()
+    image.write_bytes(whole[: len(whole) // 2])  # its note, at the beginning, is there
+    assert "remove it, and it is drawn again" in error_of(capsys, *argv, *flags(world, output))
     image.write_bytes(b"no image")
     assert "cannot be read" in (line := error_of(capsys, *argv, *flags(world, output))) and str(image) in line
+
+
+def test_files_of_somebody_else_are_left_alone(world, tmp_path, capsys):
+    for name, content in (
+        ("index.html", "<!doctype html>\n<html lang='en'><p>mine"),
+        ("results.csv", "weights;a\n"),
+        ("results.json", "[]"),
+    ):
+        output = tmp_path / name
+        output.mkdir()
+        (output / name).write_text(content)
+        line = error_of(capsys, world / "checkpoint-100", *flags(world, output))
+        assert line == f"--output: '{output / name}' was not written by this tool; name another folder"
+        assert [path.read_text() for path in output.iterdir()] == [content]
+
+
+def test_the_model_may_be_spelled_otherwise(evaluated, world, tiny_model, tmp_path, monkeypatch, capsys):
+    output = shutil.copytree(evaluated[0], tmp_path / "scores")
+    before = drawn(output)
+    monkeypatch.chdir(tiny_model.parent)
+    run_tool("evaluate", world / "checkpoint-100", "--model", tiny_model.name, *flags(world, output))
+    assert drawn(output) == before
+    settings = json.loads((output / "results.json").read_text())["settings"]
+    assert (settings["model"], settings["photos"]) == (str(tiny_model), str(world / "photos"))
+
+
+# A concept that is nothing but its word
+
+
+@pytest.fixture
+def style(world, tiny_model, tmp_path):
+    """Weights of a style, whose prompt ends in the new word."""
+    folder = tmp_path / "style"
+    make_concept(folder, tiny_model)
+    settings = folder / CONFIG_NAME
+    concept = {"instance_prompt": "painting in the style of <new1>", "class_prompt": None}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"concepts": [concept]}))
+    return folder
+
+
+def test_a_name_without_the_new_word_is_what_the_base_model_calls_it(style, world, tmp_path, capsys):
+    output = tmp_path / "scores"
+    make_pictures(tmp_path / "class", 2)
+    argv = [style, "--with_base", *flags(world, output), "--class_images", tmp_path / "class"]
+    assert error_of(capsys, *argv).startswith("--concept: say what the base model calls")
+    assert error_of(capsys, style, *argv[2:]).startswith("--concept: say what the base model calls")  # its class images
+    run_tool("evaluate", *argv, "--concept", "painting")
+    base, trained = json.loads((output / "results.json").read_text())["results"]
+    assert (base["concept"], trained["concept"]) == ("painting", "<new1>")
+    notes = [
+        json.loads(Image.open(path).info["custom-diffusion"])["prompt"] for path in output.rglob("class-000-0.png")
+    ]
+    assert notes == ["photo of a painting"] * 2
+
+
+def test_the_class_prompt_is_what_the_base_model_calls_it(style, world, tmp_path):
+    settings = style / CONFIG_NAME
+    settings.write_text(settings.read_text().replace('"class_prompt": null', '"class_prompt": "art"'))
+    base, trained = evaluate(
+        style, output=tmp_path / "scores", photos=world / "photos", prompts=world / "prompts.txt", with_base=True,
+        clip_model=str(world / "clip"), dino_model=str(world / "dino"), num_inference_steps=STEPS, num_images=1, resolution=64,
+    )  # fmt: skip
+    assert (base["concept"], trained["concept"]) == ("art", "<new1>")
 
 
 # As a function
@@ -298,7 +380,7 @@ def bad_inputs(world, tiny_model, tmp_path):
     return {
         "photos gone": ([trained, "--photos", tmp_path / "gone"], "--photos: folder .*gone' cannot be read"),
         "no photos": ([trained, "--photos", tmp_path / "empty"], "--photos: no image in folder"),
-        "torn photo": ([trained, "--photos", tmp_path / "torn"], "--photos: '.*1.jpg' cannot be read"),
+        "torn photo": ([trained, "--photos", tmp_path / "torn"], "--photos: cannot read image '.*1.jpg'"),
         "one class image": ([trained, "--class_images", tmp_path / "one"], "--class_images: one image in folder"),
         "prompt": ([trained, "--prompts", tmp_path / "text.txt"], r"--prompts: line 2 of .*, 'photo of a cat', has no \{\}"),
         "no prompt": ([trained, "--prompts", tmp_path / "nothing.txt"], "--prompts: .* is empty"),
@@ -310,10 +392,19 @@ def bad_inputs(world, tiny_model, tmp_path):
         "nothing": ([], "weights: give trained weights, or a --model"),
         "images": ([trained, "--num_images", 0], "--num_images: 0 must be 1 to 1000"),
         "steps": ([trained, "--num_inference_steps", 5000], "--num_inference_steps: 5000 is more than the model's 1000"),
+        "seed": ([trained, "--seed", 2**64], "--seed: 18446744073709551616 must be 0 to 9223372036854775807"),
+        "guidance": ([trained, "--guidance_scale", "nan"], "--guidance_scale: nan must be a finite number"),
         "resolution": ([trained, "--resolution", 100], "--resolution: 100 is not a multiple of 8; try 96"),
         "clip": ([trained, "--clip_model", "./gone"], "--clip_model: folder './gone' does not exist"),
         "data": ([trained, "--data", "x"], "--data: needs --dataset"),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["torn photo", "steps"])
+def test_what_needs_no_model_is_told_before_one_is_loaded(bad_inputs, world, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setattr(run, "load_clip", None)  # would fail if called
+    argv, expected = bad_inputs[name]
+    assert re.match(expected, error_of(capsys, *flags(world, tmp_path / "scores"), *argv))
 
 
 def test_what_cannot_work_is_told_in_one_line_before_anything_is_drawn(bad_inputs, world, tmp_path, capsys):
@@ -415,6 +506,10 @@ def test_a_dataset_that_cannot_be_used_is_told_in_one_line(world, dataset, tiny_
     with pytest.raises(InputError, match="--photos: is missing"):
         evaluate(world / "checkpoint-100", output=tmp_path / "out")
     assert re.match("--data: '.*dataset.json' must be a list of concepts", error_of(capsys, *argv))
+    (dataset / "dataset.json").write_text(entries)
+    make_pictures(dataset / "other" / "pet_cat", 1)
+    (dataset / "dataset.json").write_text(entries.replace("benchmark_dataset/things_pot", "other/pet_cat"))
+    assert error_of(capsys, *argv).startswith("--data: two concepts are called 'pet_cat'")
     (dataset / "dataset.json").write_text(entries)
     shutil.rmtree(dataset / "benchmark_dataset" / "pet_cat")
     assert "unpack the authors' benchmark_dataset.zip" in error_of(capsys, *argv)

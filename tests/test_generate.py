@@ -96,6 +96,9 @@ def test_every_format_is_written(concept, tmp_path, suffix):
     ("flags", "expected"),
     [
         (["--output", "cat.tiff"], "--output: cannot write .tiff; name a file that ends in .png"),
+        (["--output", "x", "--seed", "-1"], "--seed: -1 must be 0 to"),
+        (["--output", "x", "--seed", str(2**64)], "--seed: 18446744073709551616 must be 0 to"),
+        (["--output", "x", "--guidance_scale", "inf"], "--guidance_scale: inf must be a finite number"),
         (["--output", "x", "--num_inference_steps", "5000"], "--num_inference_steps: 5000 is more than the model's 1000"),
         (["--output", "x", "--negative_prompt", "<new9>"], "--negative_prompt: '<new9>' has <new9>, but the weights bring <new1>"),
     ],

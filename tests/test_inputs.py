@@ -10,6 +10,7 @@ import torch
 from fake_concept import run_tool
 from PIL import Image
 from safetensors.torch import save_file
+from tiny import make_pictures
 
 from custom_diffusion.cli.training_flags import parse_args
 from custom_diffusion.errors import InputError
@@ -98,7 +99,7 @@ FLAGS = [
     ({"output_dir": "photos/0.jpg"}, "--output_dir: 'photos/0.jpg' is a file"),
     ({"output_dir": "photos/0.jpg/out"}, "--output_dir: '{desk}/photos/0.jpg' is a file"),
     ({"output_dir": ""}, "--output_dir: is empty"),
-    ({"output_dir": "photos", "logging_dir": "0.jpg"}, "--logging_dir: 'photos/0.jpg' is a file"),
+    ({"output_dir": "class/images", "logging_dir": "0.jpg"}, "--logging_dir: 'class/images/0.jpg' is a file"),
     ({"hub_token": "secret", "report_to": "wandb"}, "--hub_token: with --report_to wandb"),
     ({"push_to_hub": True}, "--push_to_hub: not logged in to the Hub"),
     ({"push_to_hub": True, "hub_token": "x", "hub_model_id": "a/b/c"}, "--hub_model_id: 'a/b/c' cannot be a repository"),
@@ -501,6 +502,18 @@ def test_only_the_first_process_of_a_machine_speaks(run_arguments, tmp_path):
     runs = launch.run_group(2, wrong, tmp_path / "log")
     assert [run.wait() for run in runs] == [2, 2]
     assert [len(run.messages) for run in runs] == [1, 0]
+
+
+@pytest.mark.parametrize("key", ["instance_data_dir", "class_data_dir"])
+def test_no_output_among_images_that_are_trained_on(run_arguments, tmp_path, key):
+    """The next run would learn from curve.png."""
+    make_pictures(tmp_path / "images", 2)
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    wrong = run_arguments | {"real_prior": False, "num_class_images": 2, "output_dir": tmp_path / "link"}
+    run = launch.run(launch.FORKED, wrong | {key: tmp_path / "images"}, tmp_path / "log")
+    assert run.status == 2
+    assert run.messages == [f"--output_dir: '{tmp_path / 'link'}' is the folder of --{key}; name another"]
+    assert len(list((tmp_path / "images").iterdir())) == 2
 
 
 def late_first_process(folder, delay):

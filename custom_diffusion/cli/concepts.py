@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,9 @@ def concept_problems(concept: Concept, args: argparse.Namespace) -> list[str]:
                 problems.append(f"{name}: '{folder}' is a file; name a folder")
             else:
                 problems += check(concept, name, folder, args)
+            if args.output_dir.strip() and Path(args.output_dir).resolve() == folder.resolve():
+                # Its curve.png would be one of the images that the next run is trained on.
+                problems.append(f"--output_dir: '{args.output_dir}' is the folder of {name}; name another")
         except OSError as error:  # above all, no permission
             problems.append(f"{name}: cannot read '{error.filename or folder}' ({error.strerror}); name another folder")
     return problems
@@ -179,7 +183,7 @@ def _photo_problems(concept, name, folder, _):
     photos = concept.photos()
     if not photos:
         return [f"{name}: no image in folder '{folder}'; put 4-20 photos of the concept there"]
-    return _decode_problems(name, photos)
+    return decode_problems(name, photos)
 
 
 def _real_prior_problems(concept, name, folder, args):
@@ -190,13 +194,13 @@ def _real_prior_problems(concept, name, folder, args):
     if len(rows) < args.num_class_images:
         command = retrieve_command(concept, args)
         return [f"{name}: '{folder}' has {len(rows)} of {args.num_class_images} class images; run: {command}"]
-    return _decode_problems(name, [path for path, _ in rows[: args.num_class_images]])
+    return decode_problems(name, [path for path, _ in rows[: args.num_class_images]])
 
 
 def _generated_prior_problems(_, name, folder, args):
     existing = find_images(folder) if folder.exists() else []
     problems = folder_problems(name, folder) if len(existing) < args.num_class_images else []
-    return problems + _decode_problems(name, existing)
+    return problems + decode_problems(name, existing)
 
 
 def folder_problems(name: str, folder: Path) -> list[str]:
@@ -217,8 +221,8 @@ def retrieve_command(concept: Concept, args: argparse.Namespace) -> str:
     )  # fmt: skip
 
 
-def _decode_problems(name, images):
-    """A line for each image that does not decode to its last pixel."""
+def decode_problems(name: str, images: Iterable[Path]) -> list[str]:
+    """A line, which begins with `name`, for each image that does not decode to its last pixel."""
 
     def problem(path):
         try:

@@ -1,6 +1,7 @@
 """What the tools have in common: how their flags are parsed and checked, and how they fail. Imports nothing heavy."""
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -20,6 +21,8 @@ from custom_diffusion.errors import InputError
 from custom_diffusion.families import SUPPORTED
 from custom_diffusion.files import MODEL_INDEX, WEIGHTS_FILES
 from custom_diffusion.single_file import is_single_file
+
+LARGEST_SEED = 2**63 - 1  # torch's generators take twice that, which leaves room for the seeds of further images
 
 
 def add_tool(tools, name: str, tool: ModuleType) -> None:
@@ -122,6 +125,22 @@ def check_output_folder(path: str | Path) -> None:
     """`output_folder_problems` for those who call a tool as a function; raises InputError."""
     if problems := output_folder_problems(str(path)):
         raise InputError(*problems)
+
+
+def drawing_problems(args: argparse.Namespace, most_images: int | None = None) -> list[str]:
+    """What is wrong with the numbers by which images are drawn. `most_images`: of a prompt, None for any number."""
+    problems = []
+    for name, least, most in (
+        ("num_images", 1, most_images),
+        ("num_inference_steps", 1, None),
+        ("seed", 0, LARGEST_SEED),
+    ):
+        value = getattr(args, name)
+        if value < least or (most is not None and value > most):
+            problems.append(f"--{name}: {value} must be {least} {'or more' if most is None else f'to {most}'}")
+    if not math.isfinite(args.guidance_scale):
+        problems.append(f"--guidance_scale: {args.guidance_scale} must be a finite number")
+    return problems
 
 
 def writable_problems(path: str) -> list[str]:

@@ -7,6 +7,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,9 @@ def read_customconcept101(data: str | Path) -> list[BenchmarkConcept]:
         )
         for entry in entries
     ]
+    for name, count in Counter(concept.name for concept in concepts).items():
+        if count > 1:
+            raise InputError(f"--data: two concepts are called {name!r}, as their folders in '{file}' are; rename one")
     for concept in concepts:
         if not concept.photos.is_dir() or not find_images(concept.photos):
             raise InputError(

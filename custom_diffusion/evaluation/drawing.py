@@ -95,6 +95,7 @@ def _differences(image):
     try:
         with Image.open(image.path) as file:
             note = json.loads(file.info[NOTE])
+            file.load()
     except KeyError:
         return ["was not drawn by this tool"]
     except Exception as error:  # Pillow raises many types on damaged files

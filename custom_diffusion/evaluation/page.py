@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from custom_diffusion.evaluation.report import PAGE, SCORES, best_and_worst, scores_of, shown
+from custom_diffusion.evaluation.report import PAGE, PAGE_START, SCORES, best_and_worst, scores_of, shown
 from custom_diffusion.files import whole_file
 
 _STYLE = """
@@ -31,18 +31,18 @@ _WIDTH, _HEIGHT, _MARGIN = 420, 200, 44  # of a plot, in SVG units
 
 def write_page(folder: Path, settings: dict, rows: Sequence[dict]) -> None:
     """Write the page of `rows`, as in results.json, into the folder in which their images are."""
-    title = f"Evaluation of {len(rows)} {'model' if len(rows) == 1 else 'models'}"
+    count = f"{len(rows)} {'model' if len(rows) == 1 else 'models'}"
     facts = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
     body = [
-        f"<h1>{escape(title)}</h1>",
+        f"<h1>Evaluation of {count}</h1>",
         f"<p>{escape(facts)}</p>",
         _score_table(rows),
         *(_plot(rows, score) for score in scores_of(rows)),
         "<p>The best and the worst image of each prompt have the highest and the lowest mean of CLIP-T, CLIP-I and DINO.</p>",
         _image_table(rows),
     ]
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
-    page = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(body) + "\n</body></html>\n"
+    head = f"{PAGE_START}{count}</title><style>{_STYLE}</style></head>"
+    page = f"{head}<body>\n" + "\n".join(body) + "\n</body></html>\n"
     with whole_file(folder / PAGE) as path:
         path.write_text(page, encoding="utf-8")
 
@@ -79,9 +79,10 @@ def _plot(rows, score):
     placed = [
         (_scaled(x, xs, _MARGIN, _WIDTH - 16), _scaled(y, ys, _HEIGHT - _MARGIN, 28), label) for x, y, label in points
     ]
-    # A line only where it leads from one checkpoint to the next.
-    is_course = axis == "optimizer steps" and len(set(xs)) == len(xs)
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in placed) if is_course else ""
+    # A line only where it leads from one checkpoint to the next; a run's folder is its last checkpoint once more.
+    course = list(dict.fromkeys((x, y) for x, y, _ in placed))
+    is_course = axis == "optimizer steps" and len({x for x, _ in course}) == len(course)
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in course) if is_course else ""
     dots = "".join(
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#1f5fbf"><title>{escape(label)}: {value:.4f}</title></circle>'
         for (x, y, label), value in zip(placed, ys)

@@ -69,3 +69,13 @@ def concept_of(config: dict, tokens: list[str], name: str) -> str:
         raise InputError(f"--concept: '{name}' has several concepts; say which, for example --concept {found[0]!r}")
     example = f"{tokens[0]} cat" if tokens else "cat"
     raise InputError(f"--concept: '{name}' does not say what it is called; give it, for example --concept {example!r}")
+
+
+def class_prompt_of(config: dict, tokens: list[str]) -> str:
+    """The class prompt of the concept in whose prompt a modifier token is; empty where the weights name none."""
+    prompts = [
+        concept.get("class_prompt")
+        for concept in config.get("concepts", [])
+        if any(token in (concept.get("instance_prompt") or "") for token in tokens)
+    ]
+    return next(filter(None, prompts), "")

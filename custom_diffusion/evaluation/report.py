@@ -11,6 +11,9 @@ from pathlib import Path
 from custom_diffusion.files import whole_file
 
 RESULTS_JSON, RESULTS_CSV, PAGE = "results.json", "results.csv", "index.html"
+# How those that this tool wrote begin, the table with its first columns
+RESULTS_START = '{\n  "settings": {'
+PAGE_START = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Evaluation of '
 # Score -> its name, and whether more is better. The last is there only with class images.
 SCORES = {
     "clip_t": ("CLIP-T", True),
@@ -23,6 +26,21 @@ CSV_COLUMNS = (
     "weights", "steps", "concept", "num_images", "clip_t", "clip_t_error", "clip_t_cosine", "clip_t_cosine_error", "clip_i",
     "clip_i_error", "dino", "dino_error", "kid_clip", "kid_clip_deviation", "num_class_images",
 )  # fmt: skip
+
+
+def foreign_results(folder: Path) -> list[str]:
+    """A line for each file in the place of the results that is somebody else's."""
+
+    def is_ours(name, text):
+        if name == RESULTS_JSON:
+            return text.startswith(RESULTS_START)
+        return text.startswith(PAGE_START if name == PAGE else ",".join(CSV_COLUMNS[:2]))
+
+    return [
+        f"--output: '{folder / name}' was not written by this tool; name another folder"
+        for name in (RESULTS_JSON, RESULTS_CSV, PAGE)
+        if (folder / name).exists() and not is_ours(name, (folder / name).read_text(encoding="utf-8", errors="replace"))
+    ]
 
 
 def summary(images: Sequence[dict]) -> dict[str, float | None]:

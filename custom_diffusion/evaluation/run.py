@@ -18,7 +18,7 @@ from custom_diffusion.evaluation.prompts import fill, read_prompts, without_toke
 from custom_diffusion.evaluation.references import find_class_images, find_photos
 from custom_diffusion.evaluation.report import summary, write_results
 from custom_diffusion.evaluation.subjects import common_base, read_subjects
-from custom_diffusion.model.source import ModelSource
+from custom_diffusion.model.source import ModelSource, check_num_inference_steps, wherever_called_from
 from custom_diffusion.progress import ProgressBar
 from custom_diffusion.weights.format import ConceptWeights
 from custom_diffusion.weights.pipeline import load_custom_diffusion, unload_custom_diffusion
@@ -76,22 +76,24 @@ def evaluate_subjects(
     class_files, captions = _class_images(class_images, len(templates))
     subjects = read_subjects(given, concept, with_base)
     base = common_base(subjects, *source)
-    drawing = Drawing(base.path, base.revision, base.variant, models.precision, **settings)
+    check_num_inference_steps(base, settings["num_inference_steps"])
+    drawing = Drawing(wherever_called_from(base.path), base.revision, base.variant, models.precision, **settings)
     plans, class_plans = [], []
     for subject in subjects:
         place = (output / "images" / subject.digest, subject.digest, seed)
         plans.append(drawing.plan(*place, "", _filled(templates[::num_images], subject), num_images))
-        class_prompts = [caption or f"photo of a {subject.plain_concept}" for caption in captions]
-        class_plans.append(drawing.plan(*place, "class-", class_prompts, 1))
+        class_plans.append(drawing.plan(*place, "class-", subject.class_prompts(captions), 1))
     missing = [undrawn(plan + class_plan) for plan, class_plan in zip(plans, class_plans)]
     scorer = models.scorer(photo_files, class_files)
     if any(missing):
-        _draw(models.pipeline(base), subjects, missing, drawing.num_inference_steps)
+        _draw(models.pipeline(base), subjects, missing)
     rows = [_row(subject, plan, templates, scorer, output) for subject, plan in zip(subjects, plans)]
     for row, class_plan in zip(rows, class_plans):
         if class_plan:
             row |= scorer.forgetting([image.path for image in class_plan])
     told = {**asdict(drawing), "scheduler": "DDPM", "seed": seed, "prompts": str(prompts), "num_images": num_images}
+    told |= {"photos": wherever_called_from(str(photos))}
+    told |= {"class_images": None if class_images is None else wherever_called_from(str(class_images))}
     told |= {"num_photos": len(photo_files), "num_class_images": len(class_files) or None}
     told |= {"clip_model": models.clip_model, "dino_model": models.dino_model}
     write_results(output, told, rows)
@@ -119,15 +121,8 @@ def _class_images(folder, count):
     return [path for path, _ in found], [found[number % len(found)][1] for number in range(count)]
 
 
-def _draw(pipe, subjects, missing, num_inference_steps):
-    """Draw what is missing of each subject; nothing, if any of them cannot be drawn with.
-
-    Raises:
-        InputError: weights do not fit the model, or it has fewer steps.
-    """
-    most = pipe.scheduler.config.num_train_timesteps
-    if num_inference_steps > most:
-        raise InputError(f"--num_inference_steps: {num_inference_steps} is more than the model's {most}")
+def _draw(pipe, subjects, missing):
+    """Draw what is missing of each subject; nothing, if the weights of any of them do not fit the model (InputError)."""
     for subject in subjects:
         _load(pipe, subject)
     with ProgressBar(total=sum(map(len, missing)), desc="Drawing", unit="image") as progress:

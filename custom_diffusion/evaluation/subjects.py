@@ -8,10 +8,12 @@ from pathlib import Path
 
 from custom_diffusion.errors import InputError
 from custom_diffusion.evaluation.drawing import weights_digest
-from custom_diffusion.evaluation.prompts import concept_of, without_tokens
+from custom_diffusion.evaluation.prompts import class_prompt_of, concept_of, without_tokens
 from custom_diffusion.files import checkpoint_step
 from custom_diffusion.model.source import ModelSource, base_of
 from custom_diffusion.weights.format import ConceptWeights, as_weights
+
+NAMELESS = "--concept: say what the base model calls the concept, for example --concept cat"
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Subject:
     Attributes:
         name: as they were given. digest: tells the weights wherever they lie, and so names the folder of their images.
         concept: what stands for the concept in a prompt, "<new1> cat".
+        plain_concept: what the base model calls it, "cat"; empty where nobody says.
         steps: optimizer steps that trained them, None where they do not say.
     """
 
@@ -28,16 +31,18 @@ class Subject:
     weights: ConceptWeights | None
     digest: str
     concept: str
+    plain_concept: str
     steps: int | None
 
     @property
     def tokens(self) -> list[str]:
         return [] if self.weights is None else list(self.weights.tokens)
 
-    @property
-    def plain_concept(self) -> str:
-        """The concept without its modifier tokens: "cat"."""
-        return without_tokens(self.concept, self.tokens)
+    def class_prompts(self, captions: Sequence[str | None]) -> list[str]:
+        """What shows the class: each caption, or where there is none, the concept as the base model calls it."""
+        if None in captions and not self.plain_concept:
+            raise InputError(NAMELESS)
+        return [caption or f"photo of a {self.plain_concept}" for caption in captions]
 
 
 def read_subjects(given: Sequence[ConceptWeights | str | Path], concept: str | None, with_base: bool) -> list[Subject]:
@@ -51,8 +56,8 @@ def read_subjects(given: Sequence[ConceptWeights | str | Path], concept: str | N
         return trained
     plain = trained[0].plain_concept if trained else concept
     if not plain:
-        raise InputError("--concept: say what the base model calls the concept, for example --concept cat")
-    return [Subject("base model", None, weights_digest(None), plain, 0), *trained]
+        raise InputError(NAMELESS)
+    return [Subject("base model", None, weights_digest(None), plain, plain, 0), *trained]
 
 
 def _trained(given, number, concept):
@@ -61,8 +66,11 @@ def _trained(given, number, concept):
     steps = weights.config.get("steps")
     if steps is None and checkpoint_step(Path(name)) >= 0:
         steps = checkpoint_step(Path(name))
-    called = concept or concept_of(weights.config, list(weights.tokens), name)
-    return Subject(name, weights, weights_digest(weights), called, steps)
+    tokens = list(weights.tokens)
+    names_base = concept and tokens and not any(token in concept for token in [*tokens, "<"])
+    called = concept_of(weights.config, tokens, name) if names_base or not concept else concept
+    plain = (names_base and concept) or without_tokens(called, tokens) or class_prompt_of(weights.config, tokens)
+    return Subject(name, weights, weights_digest(weights), called, plain, steps)
 
 
 def common_base(

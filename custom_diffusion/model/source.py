@@ -281,6 +281,16 @@ def check_model(source: ModelSource) -> tuple[ModelShape, DDPMScheduler]:
     return shape, scheduler
 
 
+def check_num_inference_steps(source: ModelSource, num_inference_steps: int) -> None:
+    """Raises InputError if the model's schedule has fewer steps, or if it has no configuration."""
+    read_index(source)
+    config = source.described_by
+    with config.reading(NOT_DIFFUSERS):
+        schedule = DDPMScheduler.from_pretrained(config.path, subfolder="scheduler", revision=config.revision)
+    if num_inference_steps > (most := schedule.config.num_train_timesteps):
+        raise InputError(f"--num_inference_steps: {num_inference_steps} is more than the model's {most}")
+
+
 def read_unet_config(source: ModelSource) -> dict:
     """The configuration of the UNet. Raises InputError.
 

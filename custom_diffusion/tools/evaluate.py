@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from custom_diffusion.cli.concepts import decode_problems
 from custom_diffusion.cli.tool_flags import (
     add_model_flags,
     cannot_be_hub_id,
+    drawing_problems,
     model_problems,
     weights_problems,
     writable_problems,
@@ -35,7 +37,7 @@ from custom_diffusion.evaluation.benchmark import (
 )
 from custom_diffusion.evaluation.prompts import MOST_IMAGES, PROMPT_SETS, read_prompts
 from custom_diffusion.evaluation.references import find_class_images, find_photos
-from custom_diffusion.evaluation.report import PAGE, text_table, write_results
+from custom_diffusion.evaluation.report import PAGE, foreign_results, text_table, write_results
 
 if TYPE_CHECKING:
     from custom_diffusion.weights.format import ConceptWeights
@@ -55,7 +57,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default="things",
         help=f"file, one a line, {{}} for the concept; or {', '.join(PROMPT_SETS)} (default: %(default)s)",
     )
-    add("--concept", help="what {} stands for (default: the weights' instance prompt from its modifier token on)")
+    add(
+        "--concept",
+        help="what {} stands for (default: the weights' instance prompt from its modifier token on); "
+        "without a new word, what the base model calls it",
+    )
     add("--with_base", action="store_true", help="score the base model too")
     add("--num_images", type=int, default=5, help="images per prompt (default: %(default)s)")
     add("--class_images", help="folder of real class images, to see what is forgotten")
@@ -78,11 +84,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def flag_problems(args: argparse.Namespace) -> list[str]:
-    problems = model_problems(args)
-    for name, least, most in (("num_images", 1, MOST_IMAGES), ("num_inference_steps", 1, None), ("seed", 0, None)):
-        value = getattr(args, name)
-        if value < least or (most is not None and value > most):
-            problems.append(f"--{name}: {value} must be {least} {f'to {most}' if most else 'or more'}")
+    problems = model_problems(args) + drawing_problems(args, MOST_IMAGES)
     if args.resolution is not None and (args.resolution < 8 or args.resolution % 8):
         nearest = max(round(args.resolution / 8), 1) * 8
         problems.append(f"--resolution: {args.resolution} is not a multiple of 8; try {nearest}")
@@ -92,7 +94,8 @@ def flag_problems(args: argparse.Namespace) -> list[str]:
             problems.append(f"--{name}: folder '{path}' does not exist; give a folder or a Hub id")
     if Path(args.output).is_file():
         problems.append(f"--output: '{args.output}' is a file; name a folder")
-    return problems + writable_problems(args.output) + (_dataset_problems if args.dataset else _subject_problems)(args)
+    problems += writable_problems(args.output) or foreign_results(Path(args.output))
+    return problems + (_dataset_problems if args.dataset else _subject_problems)(args)
 
 
 def _subject_problems(args):
@@ -104,8 +107,8 @@ def _subject_problems(args):
     if args.photos is None:
         problems.append(NO_PHOTOS)
     for read, name in (
-        (find_photos, args.photos),
-        (find_class_images, args.class_images),
+        (_read_photos, args.photos),
+        (_read_class_images, args.class_images),
         (read_prompts, args.prompts),
     ):
         try:
@@ -114,6 +117,19 @@ def _subject_problems(args):
         except InputError as error:
             problems += error.problems
     return problems
+
+
+def _read_photos(folder):
+    _decode("--photos", find_photos(folder))
+
+
+def _read_class_images(folder):
+    _decode("--class_images", [path for path, _ in find_class_images(folder)])
+
+
+def _decode(name, paths):
+    if problems := decode_problems(name, paths):
+        raise InputError(*problems)
 
 
 def _dataset_problems(args):
@@ -169,7 +185,8 @@ def evaluate(
         photos: folder of the concept's photos, needed but with `dataset`. class_images: of its class; adds what is forgotten.
         output: folder for images, results.json, results.csv and the page. What it holds of an earlier call is used again.
         prompts: text file, or "things", "faces", "styles". num_images: of each prompt.
-        concept: what `{}` stands for, by default the instance prompt from its modifier token on.
+        concept: what `{}` stands for, by default the instance prompt from its modifier token on. Without a new word in it, what
+            the base model calls it, by default the same without the new word, or where that is nothing, the class prompt.
         dataset: "customconcept101" for the benchmark in the folder `data`, which brings photos and prompts. Prints the training
             command of what is not trained yet; `train` runs it, with these flags added.
         with_base: score the base model too. model, revision, variant: it, by default the one that the weights name.
@@ -182,6 +199,8 @@ def evaluate(
     """
     from custom_diffusion.evaluation.run import Models, evaluate_subjects
 
+    if problems := foreign_results(Path(output)):
+        raise InputError(*problems)
     models, source = Models(clip_model, dino_model), (model, revision, variant, config_from)
     settings = {"num_images": num_images, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     settings |= {"resolution": resolution, "seed": seed}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from custom_diffusion.cli.tool_flags import (
     add_model_flags,
     check_prompts,
+    drawing_problems,
     model_problems,
     weights_problems,
     writable_problems,
@@ -60,9 +61,7 @@ def flag_problems(args: argparse.Namespace) -> list[str]:
         problems += weights_problems("--weights", args.weights)
     elif args.model is None:
         problems.append("--weights: give trained weights, or a --model to draw with")
-    for name in ("num_images", "num_inference_steps"):
-        if getattr(args, name) < 1:
-            problems.append(f"--{name}: {getattr(args, name)} must be 1 or more")
+    problems += drawing_problems(args)
     for name in ("height", "width"):
         size = getattr(args, name)
         if size is not None and (size < 8 or size % 8):
@@ -74,8 +73,6 @@ def flag_problems(args: argparse.Namespace) -> list[str]:
         for name in ("image", "mask")
         if getattr(args, name) is not None and not Path(getattr(args, name)).is_file()
     ]
-    if args.seed < 0:
-        problems.append(f"--seed: {args.seed} must be 0 or more")
     problems += [f"--prompt: {prompt!r} is empty; say what to draw" for prompt in args.prompt if not prompt.strip()]
     return problems + _output_problems(Path(args.output), args.num_images * len(args.prompt))
 
@@ -140,7 +137,7 @@ def generate(
     import torch
 
     from custom_diffusion.model.loading import load_pipeline
-    from custom_diffusion.model.source import base_of
+    from custom_diffusion.model.source import base_of, check_num_inference_steps
     from custom_diffusion.weights.format import as_weights
     from custom_diffusion.weights.pipeline import load_custom_diffusion
 
@@ -152,17 +149,14 @@ def generate(
         check_prompts("--negative_prompt", [negative_prompt or ""], list(weights.tokens))
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = dtypes[precision or ("fp16" if device.type == "cuda" else "fp32")]
-    pipe = load_pipeline(
-        base_of({} if weights is None else weights.config, model, revision, variant, config_from), dtype
-    )
+    source = base_of({} if weights is None else weights.config, model, revision, variant, config_from)
+    check_num_inference_steps(source, num_inference_steps)
+    pipe = load_pipeline(source, dtype)
     if weights is not None:
         try:
             load_custom_diffusion(pipe, weights, scale=scale)
         except ValueError as error:
             raise InputError(f"--weights: {error}") from None
-    most = pipe.scheduler.config.num_train_timesteps
-    if num_inference_steps > most:
-        raise InputError(f"--num_inference_steps: {num_inference_steps} is more than the model's {most}")
     options = {"height": height, "width": width} | drawn_into(pipe, image, mask, height, width)
     pipe.to(device)
     paths = image_paths(Path(output), len(prompts), num_images)
