@@ -28,7 +28,7 @@ from custom_diffusion.cli.training_flags import build_parser
 from custom_diffusion.errors import InputError
 from custom_diffusion.evaluation import run
 from custom_diffusion.evaluation.page import _plot
-from custom_diffusion.evaluation.prompts import PROMPT_SETS, concept_of, read_prompts, without_tokens
+from custom_diffusion.evaluation.prompts import PROMPT_SETS, class_prompt_of, concept_of, read_prompts, without_tokens
 from custom_diffusion.files import CONFIG_NAME
 
 STEPS = 2
@@ -431,6 +431,17 @@ def test_what_a_concept_is_called():
     assert called("photo of a <new1> cat") == "<new1> cat"
     assert called("photo of a <new2> <new1> cat", tokens=["<new1>", "<new2>"]) == "<new2> <new1> cat"
     assert called("a painting in the style of <new1> art") == "<new1> art"
+    two = [
+        {"instance_prompt": "in the style of <new1>", "class_prompt": "art"},
+        {"instance_prompt": "<new2>", "class_prompt": "film"},
+    ]
+    words = ["<new1>", "<new2>"]
+    assert [class_prompt_of({"concepts": two}, called, words) for called in (*words, "<new2> and <new1>", "cat")] == [
+        "art",
+        "film",
+        "art",
+        "",
+    ]
     with pytest.raises(InputError, match="--concept: 'cat' has several concepts; say which"):
         called("a <new1> cat", "a <new1> pot")
     with pytest.raises(InputError, match="--concept: 'cat' does not say what it is called"):

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 
-FIRST_TO_SPEAK = 10.0  # seconds that the first process of a machine may come later than another to the same problem
+SECONDS_FOR_FIRST = 10.0  # by which the first process of a machine may come later than another to the same problem
 _PR_SET_PDEATHSIG = 1
 
 
@@ -23,13 +23,13 @@ def end_with_launcher() -> None:
 def speaks_for_machine() -> bool:
     """Whether this process is the one of its machine that tells why all of them end, which is the first.
 
-    torchrun, and with it `accelerate launch`, ends all processes as soon as one has ended. So another does not end before the
-    first has, by which it is ended itself; if the first goes on, it does not have the problem, and the other speaks.
+    In the others it waits: torchrun, and with it `accelerate launch`, ends all processes as soon as one has ended, so that one
+    must be the first, and the others are ended while they wait. If the first goes on, it does not have the problem, and they speak.
     """
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         return True
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(FIRST_TO_SPEAK)
+    time.sleep(SECONDS_FOR_FIRST)
     return True

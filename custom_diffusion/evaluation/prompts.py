@@ -71,11 +71,12 @@ def concept_of(config: dict, tokens: list[str], name: str) -> str:
     raise InputError(f"--concept: '{name}' does not say what it is called; give it, for example --concept {example!r}")
 
 
-def class_prompt_of(config: dict, tokens: list[str]) -> str:
-    """The class prompt of the concept in whose prompt a modifier token is; empty where the weights name none."""
+def class_prompt_of(config: dict, called: str, tokens: list[str]) -> str:
+    """The class prompt of the first concept in whose instance prompt a modifier token of `called` is; empty where there is none."""
+    asked = [token for token in tokens if token in called]
     prompts = [
         concept.get("class_prompt")
         for concept in config.get("concepts", [])
-        if any(token in (concept.get("instance_prompt") or "") for token in tokens)
+        if any(token in (concept.get("instance_prompt") or "") for token in asked)
     ]
     return next(filter(None, prompts), "")

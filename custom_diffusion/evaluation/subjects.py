@@ -69,7 +69,9 @@ def _trained(given, number, concept):
     tokens = list(weights.tokens)
     names_base = concept and tokens and not any(token in concept for token in [*tokens, "<"])
     called = concept_of(weights.config, tokens, name) if names_base or not concept else concept
-    plain = (names_base and concept) or without_tokens(called, tokens) or class_prompt_of(weights.config, tokens)
+    plain = (
+        (names_base and concept) or without_tokens(called, tokens) or class_prompt_of(weights.config, called, tokens)
+    )
     return Subject(name, weights, weights_digest(weights), called, plain, steps)
 
 
